@@ -1,0 +1,475 @@
+"""U-Net for image segmentation in one file: which pixels are pet, which background, which border?
+
+    photo   (3, 128, 128)                                  logits   (3, 128, 128)
+    enc1   (64, 128, 128) ------------- skip ------------> dec1   (64, 128, 128)
+       enc2  (128, 64, 64) ------------ skip ---------> dec2  (128, 64, 64)
+          enc3  (256, 32, 32) --------- skip ------> dec3  (256, 32, 32)
+             enc4  (512, 16, 16) ------ skip ---> dec4  (512, 16, 16)
+                          bottleneck  (1024, 8, 8)
+
+Going down, each level halves height and width and doubles the channels: the network learns what is
+in the photo and loses where. Going up undoes that, and the skips bring back the where. The paper:
+Ronneberger, Fischer, Brox 2015, arxiv.org/abs/1505.04597. Two departures: padding and BatchNorm.
+
+    python unet.py train --epochs 5   fetch the Oxford-IIIT Pet photos, train, write unet.pt
+    python unet.py test               score unet.pt on the official test photos
+    python unet.py show               draw photos, truth, predictions and curves into unet.png
+    python unet.py predict PHOTO      segment a photo of your own into prediction.png
+    python unet.py shapes             print the shapes of one forward pass
+With --data toy it works on drawings, without a download; --help after a command lists its options.
+"""
+import argparse, math, os, random, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import OxfordIIITPet
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+# ------------------------------------------- data -------------------------------------------------
+# The classes behind the trimap labels 1, 2, 3, each with the colour (RGB) in which it is drawn.
+CLASSES = {"pet": (230, 159, 0), "background": (0, 90, 150), "border": (240, 240, 240)}
+
+def draw_pair(seed):
+    """A toy photo and its trimap, PIL images like those of the dataset: a furry polygon."""
+    rng, size = random.Random(seed), (192, 160)
+    shape, trimap = Image.new("L", size), Image.new("L", size, 2)
+    circle = rng.randint(60, 132), rng.randint(60, 100), rng.randint(40, 60)  # x, y, radius
+    ImageDraw.Draw(shape).regular_polygon(circle, rng.randint(3, 8), rng.randint(0, 90), fill=255)
+    fur, wall = (Image.frombytes("RGB", (n, n), rng.randbytes(3 * n * n)) for n in (40, 4))
+    trimap.paste(3, mask=shape.filter(ImageFilter.MaxFilter(7)))  # the border: 3 pixels outwards
+    trimap.paste(1, mask=shape.filter(ImageFilter.MinFilter(7)))  # and 3 pixels inwards
+    return Image.composite(fur.resize(size), wall.resize(size), shape), trimap
+
+def open_pairs(root, split):
+    """The (photo, trimap) pairs of the official list "trainval" or "test", and their names."""
+    if root == "toy":
+        seeds = range(400) if split == "trainval" else range(400, 500)
+        return [draw_pair(seed) for seed in seeds], seeds
+    folder = Path(root, "oxford-iiit-pet")
+    try:
+        pairs = OxfordIIITPet(root, split, target_types="segmentation", download=True)
+        return pairs, [row.split()[0] for row in open(folder / "annotations" / f"{split}.txt")]
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OSError(f"--data {root}: no usable {split}.txt ({error}). If the download failed, put "
+                      f"images.tar.gz and annotations.tar.gz into {folder}, or try --data toy") from error
+
+class PetDataset(Dataset):
+    """The "train", "val" or "test" pairs, decoded once and kept in memory as uint8.
+
+    dataset[i] is a photo (3, size, size) of values 0 to 255 and its mask (size, size) of classes 0
+    to 2, together 4 bytes a pixel, 64 KiB at size 128. Training pairs are mirrored at random.
+    """
+    def __init__(self, root, part, size, count=None):
+        self.pairs, self.names = open_pairs(root, "test" if part == "test" else "trainval")
+        # The lists run breed by breed; unshuffled, validation would meet breeds never trained on. The
+        # seed is a constant, so that all runs are validated on the same photos.
+        order = torch.randperm(len(self.pairs), generator=torch.Generator().manual_seed(0)).tolist()
+        cut, self.mirror = int(0.8 * len(order)), part == "train"
+        order = {"train": order[:cut], "val": order[cut:], "test": order}[part][:count]
+        if not order:
+            raise ValueError(f"--data {root}: too few photos, none is left for the {part} part")
+        self.photos = torch.empty(len(order), 3, size, size, dtype=torch.uint8)
+        self.masks = torch.empty(len(order), size, size, dtype=torch.uint8)
+        with ThreadPoolExecutor() as pool:  # threads, since Pillow works outside Python's lock
+            list(pool.map(self.load, range(len(order)), order))
+
+    def load(self, i, index):
+        size = self.masks.shape[1:]
+        try:
+            photo, trimap = self.pairs[index]
+            low, high = trimap.getextrema()
+            if photo.size != trimap.size or low < 1 or high > len(CLASSES):
+                raise ValueError(f"sizes {photo.size} and {trimap.size}, labels {low} to {high} of 1 to 3")
+            # NEAREST, since the mean of pet (1) and border (3) would be a false background (2);
+            # minus one, since PyTorch counts classes from 0.
+            self.masks[i] = pil_to_tensor(trimap.resize(size, Image.Resampling.NEAREST))[0] - 1
+            self.photos[i] = pil_to_tensor(photo.resize(size, Image.Resampling.BILINEAR))
+        except Exception as error:  # on a broken file, Pillow raises even SyntaxError
+            raise ValueError(f"{self.names[index]}.jpg or its trimap .png: {error}") from error
+
+    def __len__(self):
+        return len(self.photos)
+
+    def __getitem__(self, i):
+        photo, mask = self.photos[i], self.masks[i]
+        if self.mirror and torch.rand(()) < 0.5:
+            photo, mask = photo.flip(-1), mask.flip(-1)
+        return photo, mask
+
+# ------------------------------------------- model ------------------------------------------------
+
+def conv_block(in_ch, out_ch, norm=True, dropout=0.0):
+    """Two 3x3 convolutions, each with BatchNorm and ReLU: (N, in_ch, H, W) to (N, out_ch, H, W)."""
+    layers = []
+    for channels in (in_ch, out_ch):
+        # padding=1 keeps H and W; the paper pads nothing and must crop what its skips carry.
+        # No bias before BatchNorm, which would subtract it again with the mean.
+        layers.append(nn.Conv2d(channels, out_ch, kernel_size=3, padding=1, bias=not norm))
+        if norm:
+            layers.append(nn.BatchNorm2d(out_ch))  # younger than the paper: stable at higher rates
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers, nn.Dropout2d(dropout))
+
+class UNet(nn.Module):
+    """Photos (N, in_channels, H, W) to logits (N, out_classes, H, W), H and W multiples of 16.
+
+    skip: "concat" stacks encoder and decoder features (the paper), "add" sums them, "none" is none.
+    norm=False is the network of the tutorials. Dropout ends the encoder (paper, section 3.1).
+    """
+    def __init__(self, in_channels=3, out_classes=3, base=64, skip="concat", norm=True, dropout=0.0):
+        super().__init__()
+        self.skip = skip
+        k = {"concat": 2, "add": 1, "none": 1}[skip]  # dec4 gets 1024: 512 from up4, 512 from enc4
+        c1, c2, c3, c4, c5 = (base * 2**level for level in range(5))  # 64, 128, 256, 512, 1024
+        self.pool = nn.MaxPool2d(2)
+        self.enc1 = conv_block(in_channels, c1, norm)
+        self.enc2 = conv_block(c1, c2, norm)
+        self.enc3 = conv_block(c2, c3, norm)
+        self.enc4 = conv_block(c3, c4, norm, dropout)
+        self.bottleneck = conv_block(c4, c5, norm, dropout)
+        self.up4, self.dec4 = nn.ConvTranspose2d(c5, c4, 2, stride=2), conv_block(k * c4, c4, norm)
+        self.up3, self.dec3 = nn.ConvTranspose2d(c4, c3, 2, stride=2), conv_block(k * c3, c3, norm)
+        self.up2, self.dec2 = nn.ConvTranspose2d(c3, c2, 2, stride=2), conv_block(k * c2, c2, norm)
+        self.up1, self.dec1 = nn.ConvTranspose2d(c2, c1, 2, stride=2), conv_block(k * c1, c1, norm)
+        self.final = nn.Conv2d(c1, out_classes, kernel_size=1)  # 1x1: classifies each pixel alone
+        # He initialisation (section 3): variance 2 / inputs, so that 18 ReLUs keep the signal alive.
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+
+    def join(self, up, skip):
+        if self.skip == "concat":
+            return torch.cat((up, skip), dim=1)  # 1: channels; 0 is the batch, 2 and 3 the pixels
+        return up + skip if self.skip == "add" else up
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        if height % 16 or width % 16:  # else pooling rounds down, and the skips no longer fit
+            raise ValueError(f"input is {height}x{width}; both must be multiples of 16")
+        # Shapes for base 64, size 128:  x    (N,    3, 128, 128)
+        e1 = self.enc1(x)                   # (N,   64, 128, 128)
+        e2 = self.enc2(self.pool(e1))       # (N,  128,  64,  64)
+        e3 = self.enc3(self.pool(e2))       # (N,  256,  32,  32)
+        e4 = self.enc4(self.pool(e3))       # (N,  512,  16,  16)
+        b = self.bottleneck(self.pool(e4))  # (N, 1024,   8,   8)
+        d4 = self.up4(b)                    # (N,  512,  16,  16)
+        d4 = self.join(d4, e4)              # (N, 1024,  16,  16)
+        d4 = self.dec4(d4)                  # (N,  512,  16,  16)
+        d3 = self.up3(d4)                   # (N,  256,  32,  32)
+        d3 = self.join(d3, e3)              # (N,  512,  32,  32)
+        d3 = self.dec3(d3)                  # (N,  256,  32,  32)
+        d2 = self.up2(d3)                   # (N,  128,  64,  64)
+        d2 = self.join(d2, e2)              # (N,  256,  64,  64)
+        d2 = self.dec2(d2)                  # (N,  128,  64,  64)
+        d1 = self.up1(d2)                   # (N,   64, 128, 128)
+        d1 = self.join(d1, e1)              # (N,  128, 128, 128)
+        d1 = self.dec1(d1)                  # (N,   64, 128, 128)
+        return self.final(d1)               # (N,    3, 128, 128)
+
+# ------------------------------------------- losses and scores ------------------------------------
+# A loss takes logits (N, C, H, W) and a target (N, H, W) of classes 0 to C - 1 to a scalar.
+
+def one_hot(target, classes):
+    """(N, H, W) to (N, classes, H, W) of 0.0 and 1.0; a single class is its own mask already."""
+    return (F.one_hot(target, classes).movedim(-1, 1) if classes > 1 else target[:, None]).float()
+
+def soft_dice(logits, target):
+    """2 |A and B| / (|A| + |B|) of predicted and true area for each class: (C,), 0 to 1."""
+    p = logits.softmax(dim=1) if logits.shape[1] > 1 else logits.sigmoid()
+    t = one_hot(target, logits.shape[1])
+    return (2 * (p * t).sum((0, 2, 3)) + 1) / ((p + t).sum((0, 2, 3)) + 1)  # + 1 pixel: never 0 / 0
+
+def weighted_cross_entropy(logits, target):
+    """Each class weighs by its inverse frequency in the batch, so that rare classes count alike."""
+    counts = target.flatten().bincount(minlength=logits.shape[1])
+    return F.cross_entropy(logits, target, weight=target.numel() / counts.clamp(min=1))
+
+LOSSES = {
+    "ce": F.cross_entropy,  # the mean over pixels: large classes, such as background, weigh most
+    "weighted-ce": weighted_cross_entropy,
+    "bce": lambda z, t: F.binary_cross_entropy_with_logits(z, one_hot(t, z.shape[1])),
+    "dice": lambda z, t: 1 - soft_dice(z, t).mean(),  # the mean over classes: all weigh the same
+    "iou": lambda z, t: 1 - (soft_dice(z, t) / (2 - soft_dice(z, t))).mean(),  # = Dice / (2 - Dice)
+    "ce+dice": lambda z, t: F.cross_entropy(z, t) + 1 - soft_dice(z, t).mean(),
+}
+
+def scores(confusion):
+    """Scores of a confusion matrix (C, C), pixels of true class (row) and predicted class (column).
+
+    A class in neither truth nor prediction has no IoU or Dice (nan) and stays out of the means.
+    """
+    hits, areas = confusion.diag(), confusion.sum(dim=0) + confusion.sum(dim=1)
+    iou, dice = hits / (areas - hits), 2 * hits / areas
+    return {"mIoU": iou.nanmean().item(), "Dice": dice.nanmean().item(),
+            "accuracy": (hits.sum() / confusion.sum()).item(), "IoU": iou.tolist()}
+
+@torch.no_grad()
+def evaluate(net, dataset, loss, precision="auto"):
+    """The mean loss over a dataset, and the scores of one confusion matrix of all its pixels."""
+    net.eval()  # BatchNorm takes its running averages, not the batch's; dropout is off
+    total, confusion, n = 0.0, 0, len(CLASSES)
+    for photos, masks in DataLoader(dataset, batch_size=16):
+        logits = segment(net, photos, precision).cpu()
+        total += LOSSES[loss](logits, masks.long()).item() * len(photos)
+        cells = n * masks.long() + logits.argmax(dim=1)  # (true, predicted) as one number
+        confusion += cells.flatten().bincount(minlength=n * n).view(n, n)
+    return {"loss": total / len(dataset), **scores(confusion)}
+
+# ------------------------------------------- training ---------------------------------------------
+
+def pick_precision(name, device):
+    """The dtype of convolutions; "auto" takes 16 bits only where the hardware is made for them."""
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto":
+        cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        name = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+def segment(net, photos, precision="auto"):
+    """uint8 photos (N, 3, H, W) to float32 logits (N, C, H, W), on the device of the network."""
+    device = next(net.parameters()).device
+    dtype = pick_precision(precision, device)
+    photos = photos.to(device, non_blocking=True)  # as bytes, a quarter of the traffic of floats
+    x = photos.to(memory_format=torch.channels_last).float() / 255
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return net(x).float()
+
+def load_checkpoint(path, device):
+    """What `train` saved, a dict, and its network. Raises ValueError, naming the file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
+        net = UNet(**state["config"]).to(device, memory_format=torch.channels_last)
+        net.load_state_dict(state["model"])
+        assert {"size", "options", "history", "optimizer", "schedule", "scaler"} <= state.keys()
+        assert state["config"]["out_classes"] == len(CLASSES)
+        return state, net
+    except Exception as error:  # whatever a missing, truncated, foreign or hostile file brings about
+        reason = type(error).__name__  # its text would advise to load the file unsafely
+        raise ValueError(f"{path} is no checkpoint of unet.py train ({reason})") from error
+
+def train_epoch(model, batches, args, optimizer, schedule, scaler, title):
+    """One pass over the training photos: the mean loss, and images a second."""
+    model.train()
+    total, seen, start = 0.0, 0, time.time()
+    shown = start
+    for step, (photos, masks) in enumerate(batches, start=1):
+        logits = segment(model, photos, args.precision)
+        loss = LOSSES[args.loss](logits, masks.to(logits.device, non_blocking=True).long())
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()  # scaled up in fp16, where small gradients would become 0
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        total, seen = total + loss.detach(), seen + len(photos)
+        if sys.stdout.isatty() and time.time() > shown + 0.5:
+            shown = time.time()  # seldom, since reading the loss waits for the GPU
+            left = (shown - start) / step * (len(batches) - step)
+            print(f"\r{title}  step {step}/{len(batches)}  loss {total.item() / step:.3f}  "
+                  f"{seen / (shown - start):.0f} images/s  {left:.0f} s left ", end="", flush=True)
+    return total.item() / step, seen / (time.time() - start)
+
+def train(args):
+    """train a network, with a checkpoint after every epoch"""
+    device = args.device
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:  # torchrun has started this worker and others
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if os.environ["LOCAL_RANK"] == "0":
+            open_pairs(args.data, "trainval")  # one worker downloads, the others wait
+        torch.distributed.barrier()
+    torch.manual_seed(args.seed)
+    config = dict(in_channels=3, out_classes=len(CLASSES), base=args.base, skip=args.skip,
+                  norm=args.norm == "batch", dropout=args.dropout)
+    options = {key: value for key, value in vars(args).items()
+               if key not in ("run", "device", "checkpoint", "resume")}
+    state = {"config": config, "options": options, "size": args.size, "history": []}
+    net = UNet(**config).to(device, memory_format=torch.channels_last)
+    if args.resume:
+        state, net = load_checkpoint(args.checkpoint, device)
+        other = {key: value for key, value in state["options"].items() if options.get(key) != value}
+        if other:  # --epochs too: the schedule was laid out for their number
+            raise ValueError(f"--resume: {args.checkpoint} was trained with {other}; give the same")
+        if len(state["history"]) == args.epochs:
+            print(f"{args.checkpoint} has all its {args.epochs} epochs: nothing is left to train")
+    train_set, val_set = (PetDataset(args.data, part, args.size) for part in ("train", "val"))
+    steps = math.ceil(len(train_set) / args.batch_size)
+    optimizer = torch.optim.AdamW(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=args.lr, total_steps=args.epochs * steps)
+    half = pick_precision(args.precision, device) == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    parts = {"model": net, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    for name in parts if args.resume else ():
+        parts[name].load_state_dict(state[name])
+    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    for epoch in range(len(state["history"]) + 1, args.epochs + 1):
+        torch.manual_seed(10_000 * args.seed + epoch)  # set anew, so that --resume draws the same
+        order = torch.randperm(len(train_set)).tensor_split(steps)  # equal parts, no small last one
+        batches = [batch.tensor_split(world)[rank].tolist() for batch in order]
+        batches = DataLoader(train_set, batch_sampler=batches, pin_memory=device.type == "cuda")
+        title = f"epoch {epoch:2}/{args.epochs}"
+        loss, speed = train_epoch(model, batches, args, optimizer, schedule, scaler, title)
+        if rank > 0:
+            continue  # the first worker alone validates, prints and saves
+        val = evaluate(net, val_set, args.loss, args.precision)
+        if not math.isfinite(loss + val["loss"]):
+            raise ValueError("the loss is not finite: try a lower --lr or --precision fp32")
+        line = (f"{title}  loss {loss:.3f}  val loss {val['loss']:.3f}  mIoU {val['mIoU']:.3f}  "
+                f"Dice {val['Dice']:.3f}  {speed * world:.0f} images/s")
+        print("\r" + line.ljust(79) if sys.stdout.isatty() else line, flush=True)
+        if epoch == 1 and args.checkpoint.exists():
+            backup = args.checkpoint.replace(f"{args.checkpoint}.bak")
+            print(f"the old {args.checkpoint} is kept as {backup}")
+        state["history"].append({"train_loss": loss, **val})
+        state.update({name: part.state_dict() for name, part in parts.items()})
+        temporary = args.checkpoint.with_suffix(".tmp")
+        torch.save(state, temporary)
+        temporary.replace(args.checkpoint)  # a crash leaves the old file, never half a new one
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+# ------------------------------------------- using it ---------------------------------------------
+PALETTE = torch.tensor(list(CLASSES.values()), dtype=torch.uint8)  # PALETTE[mask] is (H, W, 3)
+
+def test(args):
+    """score a checkpoint on the official test photos"""
+    state, net = load_checkpoint(args.checkpoint, args.device)
+    s = evaluate(net, PetDataset(args.data, "test", state["size"]), state["options"]["loss"])
+    classes = "  ".join(f"{name} {iou:.3f}" for name, iou in zip(CLASSES, s["IoU"]))
+    print(f"mIoU {s['mIoU']:.3f}  {classes}  Dice {s['Dice']:.3f}  acc {s['accuracy']:.3f}")
+
+@torch.no_grad()
+def show(args):
+    """draw test photos, their truth and prediction, and the curves of the training"""
+    from matplotlib.figure import Figure  # here, since no other command should wait for it to load
+    state, net = load_checkpoint(args.checkpoint, args.device)
+    dataset = PetDataset(args.data, "test", state["size"], count=6)
+    predicted = segment(net.eval(), dataset.photos).argmax(dim=1).cpu()
+    # Masks are drawn in colours: class numbers 0 to 2, taken for brightness up to 255, look black.
+    rows = dataset.photos.movedim(1, -1), PALETTE[dataset.masks.long()], PALETTE[predicted]
+    tiles = F.pad(torch.stack(rows), (0, 0, 2, 2, 2, 2), value=255)  # (3, 6, H, W, 3), white between
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    axes = figure.subplot_mosaic("gg;lm", height_ratios=(5, 2))
+    axes["g"].imshow(tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1))
+    axes["g"].set_yticks([tiles.shape[2] * row for row in (0.5, 1.5, 2.5)],
+                         ["input", "ground truth", "prediction"])
+    axes["g"].set_xticks([])
+    for name, rgb in CLASSES.items():
+        axes["g"].plot([], "s", color=[v / 255 for v in rgb], markeredgecolor="gray", label=name)
+    axes["g"].legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(CLASSES), frameon=False)
+    for ax, key, label in (("l", "train_loss", "training loss"), ("l", "loss", "validation loss"),
+                           ("m", "mIoU", "validation mIoU")):
+        values = [epoch[key] for epoch in state["history"]]
+        axes[ax].plot(range(1, len(values) + 1), values, ".-", label=label)
+        axes[ax].set_xlabel("epoch")
+        axes[ax].legend()
+    figure.savefig(args.out)
+    print(f"wrote {args.out}")
+
+@torch.no_grad()
+def predict(args):
+    """segment any photo: the mask drawn over it, at the photo's own size"""
+    if args.out.exists() and args.out.samefile(args.photo):
+        raise ValueError(f"--out {args.out} would overwrite the photo")
+    state, net = load_checkpoint(args.checkpoint, args.device)
+    try:
+        photo = ImageOps.exif_transpose(Image.open(args.photo))  # upright, as the camera was held
+        if photo.mode.startswith("I"):  # 16 bits a pixel, which convert alone would clip to white
+            photo = photo.point(lambda value: value / 256).convert("L")
+        photo = photo.convert("RGB")
+    except Exception as error:
+        raise ValueError(f"{args.photo} cannot be read as a photo ({error})") from error
+    x = pil_to_tensor(photo.resize((state["size"], state["size"]), Image.Resampling.BILINEAR))
+    logits = segment(net.eval(), x.unsqueeze(0))
+    # Logits are resized, not labels: nothing lies between two labels, but between logits an edge.
+    mask = F.interpolate(logits, size=photo.size[::-1], mode="bilinear").argmax(dim=1)[0].cpu()
+    Image.blend(photo, to_pil_image(PALETTE[mask].movedim(-1, 0)), 0.5).save(args.out)
+    print(f"wrote {args.out}")
+
+def shapes(args):
+    """print the shapes of one forward pass"""
+    net = UNet(base=args.base).to("meta").eval()  # meta tensors have shapes but no values
+    for name, module in net.named_children():
+        module.register_forward_hook(lambda _, inputs, output, name=name: print(
+            f"{name:<10}  {str(tuple(inputs[0].shape)):<20} -> {tuple(output.shape)}"))
+    net(torch.empty(1, 3, args.size, args.size, device="meta"))
+    print(f"{sum(p.numel() for p in net.parameters()):,} parameters")
+
+# ------------------------------------------- command line -----------------------------------------
+
+def checked(convert, allowed, rule):
+    """An argparse type: the text converted, or refused with the rule that it breaks."""
+    def parse(text):
+        try:
+            if allowed(value := convert(text)):
+                return value
+        except Exception:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
+    return {"type": parse}
+
+def whole(low, high, step=1):
+    return checked(int, lambda n: n in range(low, high + 1, step),
+                   f"a whole number from {low} to {high}" + f" and a multiple of {step}" * (step > 1))
+
+def find_device(name):
+    if name == "auto":  # asked to check, since PyTorch names CUDA even where there is no driver
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return torch.zeros(1, device=name).device
+
+FILE = checked(Path, lambda p: p.parent.is_dir() and not p.is_dir(), "a file in an existing folder")
+PICTURE = checked(Path, lambda p: p.parent.is_dir() and p.suffix in (".png", ".jpg", ".webp", ".tif"),
+                  "a .png, .jpg, .webp or .tif file in an existing folder")
+OPTIONS = (  # name, the commands that have it, default, rule, help
+    ("photo", "predict", None, {"type": Path}, "any image file"),
+    ("--data", "train test show", "data", {}, "folder of the dataset, fetched if missing; toy: drawings"),
+    ("--epochs", "train", 5, whole(1, 9999), "passes over the training photos"),
+    ("--batch-size", "train", 16, whole(1, 1024), "photos in one step"),
+    ("--size", "train shapes", 128, whole(32, 2048, 16), "photos are resized to size x size pixels"),
+    ("--base", "train shapes", 64, whole(1, 256), "channels of the first level"),
+    ("--lr", "train", 4e-3, checked(float, lambda x: 0 < x <= 1, "a number above 0 and up to 1"),
+     "highest learning rate of the one-cycle schedule"),
+    ("--loss", "train", "ce", {"choices": LOSSES}, "what training minimises"),
+    ("--skip", "train", "concat", {"choices": ("concat", "add", "none")}, "how skips are joined"),
+    ("--norm", "train", "batch", {"choices": ("batch", "none")}, "what follows each convolution"),
+    ("--dropout", "train", 0.0, checked(float, lambda p: 0 <= p < 1, "a number from 0 to below 1"),
+     "probability at the end of the encoder"),
+    ("--precision", "train", "auto", {"choices": ("auto", "fp32", "bf16", "fp16")}, "of the network"),
+    ("--seed", "train", 0, whole(0, 2**31), "of the weights, the order and the flips"),
+    ("--checkpoint", "train test show predict", "unet.pt", FILE, "the trained network"),
+    ("--resume", "train", False, {"action": "store_true"}, "go on after the last finished epoch"),
+    ("--out", "show", "unet.png", PICTURE, "the picture to write"),
+    ("--out", "predict", "prediction.png", PICTURE, "the picture to write"),
+    ("--device", "train test show predict", "auto",
+     checked(find_device, lambda d: d.type != "meta", "a device that works here"), "cpu, cuda, mps"),
+)
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for run in (train, test, show, predict, shapes):
+        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__,
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(run=run)
+        for name, users, default, rule, text in OPTIONS:
+            if run.__name__ in users.split():
+                command.add_argument(name, default=default, help=text, **rule)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command with --resume goes on after the last finished epoch")
+    except (OSError, ValueError) as error:
+        sys.exit(f"unet.py: {' '.join(str(error).split())}")
+
+if __name__ == "__main__":
+    main()
