@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import OxfordIIITPet
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -36,27 +36,40 @@ CLASSES = {"pet": (230, 159, 0), "background": (0, 90, 150), "border": (240, 240
 
 def draw_pair(seed):
     """A toy photo and its trimap, PIL images like those of the dataset: a furry polygon."""
-    rng, size = random.Random(seed), (192, 160)
-    shape, trimap = Image.new("L", size), Image.new("L", size, 2)
+    rng, trimap = random.Random(seed), Image.new("L", (192, 160), 2)
     circle = rng.randint(60, 132), rng.randint(60, 100), rng.randint(40, 60)  # x, y, radius
-    ImageDraw.Draw(shape).regular_polygon(circle, rng.randint(3, 8), rng.randint(0, 90), fill=255)
+    corners, angle = rng.randint(3, 8), rng.randint(0, 90)
+    ImageDraw.Draw(trimap).regular_polygon(circle, corners, angle, fill=1, outline=3, width=6)
     fur, wall = (Image.frombytes("RGB", (n, n), rng.randbytes(3 * n * n)) for n in (40, 4))
-    trimap.paste(3, mask=shape.filter(ImageFilter.MaxFilter(7)))  # the border: 3 pixels outwards
-    trimap.paste(1, mask=shape.filter(ImageFilter.MinFilter(7)))  # and 3 pixels inwards
-    return Image.composite(fur.resize(size), wall.resize(size), shape), trimap
+    shape = trimap.point(lambda label: 255 * (label != 2))
+    return Image.composite(fur.resize(shape.size), wall.resize(shape.size), shape), trimap
 
 def open_pairs(root, split):
     """The (photo, trimap) pairs of the official list "trainval" or "test", and their names."""
     if root == "toy":
-        seeds = range(400) if split == "trainval" else range(400, 500)
+        seeds = range(300) if split == "trainval" else range(300, 400)
         return [draw_pair(seed) for seed in seeds], seeds
     folder = Path(root, "oxford-iiit-pet")
     try:
         pairs = OxfordIIITPet(root, split, target_types="segmentation", download=True)
         return pairs, [row.split()[0] for row in open(folder / "annotations" / f"{split}.txt")]
     except (OSError, RuntimeError, ValueError) as error:
-        raise OSError(f"--data {root}: no usable {split}.txt ({error}). If the download failed, put "
-                      f"images.tar.gz and annotations.tar.gz into {folder}, or try --data toy") from error
+        raise OSError(f"--data {root}: no usable {split}.txt: {error}. If the download fails, put "
+                      f"images.tar.gz and annotations.tar.gz into {folder}, or try --data toy")
+
+def load_pair(pairs, names, i, size):
+    """Pair i as uint8 tensors: a photo (3, size, size) and its mask (size, size)."""
+    try:
+        photo, trimap = pairs[i]
+        low, high = trimap.getextrema()
+        if photo.size != trimap.size or low < 1 or high > len(CLASSES):
+            raise ValueError(f"sizes {photo.size} and {trimap.size}, labels {low} to {high}")
+        photo = photo.resize((size, size), Image.Resampling.BILINEAR)
+        # NEAREST, since the mean of pet (1) and border (3) would be a false background (2).
+        trimap = trimap.resize((size, size), Image.Resampling.NEAREST)
+        return pil_to_tensor(photo), pil_to_tensor(trimap)[0] - 1  # PyTorch counts from 0
+    except Exception as error:  # on a broken file, Pillow raises even SyntaxError
+        raise ValueError(f"{names[i]}.jpg or its trimap .png is not usable: {error}") from error
 
 class PetDataset(Dataset):
     """The "train", "val" or "test" pairs, decoded once and kept in memory as uint8.
@@ -65,41 +78,23 @@ class PetDataset(Dataset):
     to 2, together 4 bytes a pixel, 64 KiB at size 128. Training pairs are mirrored at random.
     """
     def __init__(self, root, part, size, count=None):
-        self.pairs, self.names = open_pairs(root, "test" if part == "test" else "trainval")
-        # The lists run breed by breed; unshuffled, validation would meet breeds never trained on. The
-        # seed is a constant, so that all runs are validated on the same photos.
-        order = torch.randperm(len(self.pairs), generator=torch.Generator().manual_seed(0)).tolist()
+        pairs, names = open_pairs(root, "test" if part == "test" else "trainval")
+        # The lists run breed by breed: without a shuffle, validation would meet other breeds than
+        # training. The seed is fixed, so that all runs are validated on the same photos.
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
         cut, self.mirror = int(0.8 * len(order)), part == "train"
         order = {"train": order[:cut], "val": order[cut:], "test": order}[part][:count]
         if not order:
-            raise ValueError(f"--data {root}: too few photos, none is left for the {part} part")
-        self.photos = torch.empty(len(order), 3, size, size, dtype=torch.uint8)
-        self.masks = torch.empty(len(order), size, size, dtype=torch.uint8)
+            raise ValueError(f"--data {root}: its lists name too few photos for a {part} part")
         with ThreadPoolExecutor() as pool:  # threads, since Pillow works outside Python's lock
-            list(pool.map(self.load, range(len(order)), order))
-
-    def load(self, i, index):
-        size = self.masks.shape[1:]
-        try:
-            photo, trimap = self.pairs[index]
-            low, high = trimap.getextrema()
-            if photo.size != trimap.size or low < 1 or high > len(CLASSES):
-                raise ValueError(f"sizes {photo.size} and {trimap.size}, labels {low} to {high} of 1 to 3")
-            # NEAREST, since the mean of pet (1) and border (3) would be a false background (2);
-            # minus one, since PyTorch counts classes from 0.
-            self.masks[i] = pil_to_tensor(trimap.resize(size, Image.Resampling.NEAREST))[0] - 1
-            self.photos[i] = pil_to_tensor(photo.resize(size, Image.Resampling.BILINEAR))
-        except Exception as error:  # on a broken file, Pillow raises even SyntaxError
-            raise ValueError(f"{self.names[index]}.jpg or its trimap .png: {error}") from error
+            self.pairs = list(pool.map(lambda i: load_pair(pairs, names, i, size), order))
 
     def __len__(self):
-        return len(self.photos)
+        return len(self.pairs)
 
     def __getitem__(self, i):
-        photo, mask = self.photos[i], self.masks[i]
-        if self.mirror and torch.rand(()) < 0.5:
-            photo, mask = photo.flip(-1), mask.flip(-1)
-        return photo, mask
+        mirror = self.mirror and torch.rand(()) < 0.5
+        return tuple(x.flip(-1) if mirror else x for x in self.pairs[i])
 
 # ------------------------------------------- model ------------------------------------------------
 
@@ -121,7 +116,7 @@ class UNet(nn.Module):
     skip: "concat" stacks encoder and decoder features (the paper), "add" sums them, "none" is none.
     norm=False is the network of the tutorials. Dropout ends the encoder (paper, section 3.1).
     """
-    def __init__(self, in_channels=3, out_classes=3, base=64, skip="concat", norm=True, dropout=0.0):
+    def __init__(self, in_channels=3, out_classes=3, base=64, skip="concat", norm=True, dropout=0):
         super().__init__()
         self.skip = skip
         k = {"concat": 2, "add": 1, "none": 1}[skip]  # dec4 gets 1024: 512 from up4, 512 from enc4
@@ -136,8 +131,8 @@ class UNet(nn.Module):
         self.up3, self.dec3 = nn.ConvTranspose2d(c4, c3, 2, stride=2), conv_block(k * c3, c3, norm)
         self.up2, self.dec2 = nn.ConvTranspose2d(c3, c2, 2, stride=2), conv_block(k * c2, c2, norm)
         self.up1, self.dec1 = nn.ConvTranspose2d(c2, c1, 2, stride=2), conv_block(k * c1, c1, norm)
-        self.final = nn.Conv2d(c1, out_classes, kernel_size=1)  # 1x1: classifies each pixel alone
-        # He initialisation (section 3): variance 2 / inputs, so that 18 ReLUs keep the signal alive.
+        self.final = nn.Conv2d(c1, out_classes, kernel_size=1)  # classifies each pixel by itself
+        # He initialisation (section 3): variance 2 / inputs, so 18 ReLUs do not fade the signal.
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -148,9 +143,8 @@ class UNet(nn.Module):
         return up + skip if self.skip == "add" else up
 
     def forward(self, x):
-        height, width = x.shape[-2:]
-        if height % 16 or width % 16:  # else pooling rounds down, and the skips no longer fit
-            raise ValueError(f"input is {height}x{width}; both must be multiples of 16")
+        if x.shape[-2] % 16 or x.shape[-1] % 16:  # pooling would round down and no skip would fit
+            raise ValueError(f"input is {x.shape[-2]}x{x.shape[-1]}; both must be multiples of 16")
         # Shapes for base 64, size 128:  x    (N,    3, 128, 128)
         e1 = self.enc1(x)                   # (N,   64, 128, 128)
         e2 = self.enc2(self.pool(e1))       # (N,  128,  64,  64)
@@ -184,43 +178,23 @@ def soft_dice(logits, target):
     t = one_hot(target, logits.shape[1])
     return (2 * (p * t).sum((0, 2, 3)) + 1) / ((p + t).sum((0, 2, 3)) + 1)  # + 1 pixel: never 0 / 0
 
-def weighted_cross_entropy(logits, target):
-    """Each class weighs by its inverse frequency in the batch, so that rare classes count alike."""
-    counts = target.flatten().bincount(minlength=logits.shape[1])
-    return F.cross_entropy(logits, target, weight=target.numel() / counts.clamp(min=1))
-
 LOSSES = {
     "ce": F.cross_entropy,  # the mean over pixels: large classes, such as background, weigh most
-    "weighted-ce": weighted_cross_entropy,
+    "weighted-ce": lambda z, t: F.cross_entropy(  # a class weighs 1 / its pixels: all weigh alike
+        z, t, weight=1 / t.flatten().bincount(minlength=z.shape[1]).clamp(min=1)),
     "bce": lambda z, t: F.binary_cross_entropy_with_logits(z, one_hot(t, z.shape[1])),
     "dice": lambda z, t: 1 - soft_dice(z, t).mean(),  # the mean over classes: all weigh the same
-    "iou": lambda z, t: 1 - (soft_dice(z, t) / (2 - soft_dice(z, t))).mean(),  # = Dice / (2 - Dice)
+    "iou": lambda z, t: 1 - (soft_dice(z, t) / (2 - soft_dice(z, t))).mean(),  # IoU = D / (2 - D)
     "ce+dice": lambda z, t: F.cross_entropy(z, t) + 1 - soft_dice(z, t).mean(),
 }
 
 def scores(confusion):
     """Scores of a confusion matrix (C, C), pixels of true class (row) and predicted class (column).
-
-    A class in neither truth nor prediction has no IoU or Dice (nan) and stays out of the means.
-    """
+    A class in neither truth nor prediction has no IoU or Dice (nan) and stays out of the means."""
     hits, areas = confusion.diag(), confusion.sum(dim=0) + confusion.sum(dim=1)
     iou, dice = hits / (areas - hits), 2 * hits / areas
     return {"mIoU": iou.nanmean().item(), "Dice": dice.nanmean().item(),
             "accuracy": (hits.sum() / confusion.sum()).item(), "IoU": iou.tolist()}
-
-@torch.no_grad()
-def evaluate(net, dataset, loss, precision="auto"):
-    """The mean loss over a dataset, and the scores of one confusion matrix of all its pixels."""
-    net.eval()  # BatchNorm takes its running averages, not the batch's; dropout is off
-    total, confusion, n = 0.0, 0, len(CLASSES)
-    for photos, masks in DataLoader(dataset, batch_size=16):
-        logits = segment(net, photos, precision).cpu()
-        total += LOSSES[loss](logits, masks.long()).item() * len(photos)
-        cells = n * masks.long() + logits.argmax(dim=1)  # (true, predicted) as one number
-        confusion += cells.flatten().bincount(minlength=n * n).view(n, n)
-    return {"loss": total / len(dataset), **scores(confusion)}
-
-# ------------------------------------------- training ---------------------------------------------
 
 def pick_precision(name, device):
     """The dtype of convolutions; "auto" takes 16 bits only where the hardware is made for them."""
@@ -240,24 +214,38 @@ def segment(net, photos, precision="auto"):
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         return net(x).float()
 
+@torch.no_grad()
+def evaluate(net, dataset, loss, precision="auto"):
+    """The mean loss over a dataset, and the scores of one confusion matrix of all its pixels."""
+    net.eval()  # BatchNorm takes its running averages, not the batch's; dropout is off
+    total, confusion, n = 0.0, 0, len(CLASSES)
+    for photos, masks in DataLoader(dataset, batch_size=16):
+        logits = segment(net, photos, precision)
+        target = masks.to(logits.device).long()
+        total += LOSSES[loss](logits, target).item() * len(photos)
+        cells = n * target + logits.argmax(dim=1)  # (true, predicted) as one number
+        confusion += cells.flatten().bincount(minlength=n * n).view(n, n).cpu()
+    return {"val loss": total / len(dataset), **scores(confusion)}
+
+# ------------------------------------------- training ---------------------------------------------
+
 def load_checkpoint(path, device):
     """What `train` saved, a dict, and its network. Raises ValueError, naming the file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
         net = UNet(**state["config"]).to(device, memory_format=torch.channels_last)
         net.load_state_dict(state["model"])
-        assert {"size", "options", "history", "optimizer", "schedule", "scaler"} <= state.keys()
-        assert state["config"]["out_classes"] == len(CLASSES)
+        if state["config"]["out_classes"] != len(CLASSES) or not state.keys() >= {
+                "size", "options", "history", "optimizer", "schedule", "scaler"}:
+            raise ValueError
         return state, net
-    except Exception as error:  # whatever a missing, truncated, foreign or hostile file brings about
-        reason = type(error).__name__  # its text would advise to load the file unsafely
-        raise ValueError(f"{path} is no checkpoint of unet.py train ({reason})") from error
+    except Exception as error:  # a missing, truncated, foreign or hostile file
+        raise ValueError(f"{path} is no checkpoint of unet.py train ({type(error).__name__})")
 
 def train_epoch(model, batches, args, optimizer, schedule, scaler, title):
     """One pass over the training photos: the mean loss, and images a second."""
     model.train()
     total, seen, start = 0.0, 0, time.time()
-    shown = start
     for step, (photos, masks) in enumerate(batches, start=1):
         logits = segment(model, photos, args.precision)
         loss = LOSSES[args.loss](logits, masks.to(logits.device, non_blocking=True).long())
@@ -267,48 +255,55 @@ def train_epoch(model, batches, args, optimizer, schedule, scaler, title):
         scaler.update()
         schedule.step()
         total, seen = total + loss.detach(), seen + len(photos)
-        if sys.stdout.isatty() and time.time() > shown + 0.5:
-            shown = time.time()  # seldom, since reading the loss waits for the GPU
-            left = (shown - start) / step * (len(batches) - step)
-            print(f"\r{title}  step {step}/{len(batches)}  loss {total.item() / step:.3f}  "
-                  f"{seen / (shown - start):.0f} images/s  {left:.0f} s left ", end="", flush=True)
+        if sys.stdout.isatty() and step % max(1, len(batches) // 100) == 0:
+            mean = total.item() / step  # only a hundred times an epoch, since it waits for the GPU
+            spent = time.time() - start
+            left = spent / step * (len(batches) - step)
+            print(f"\r{title}  step {step}/{len(batches)}  loss {mean:.3f}  "
+                  f"{seen / spent:.0f} images/s  {left:.0f} s left ", end="", flush=True)
     return total.item() / step, seen / (time.time() - start)
+
+def join_workers(args):
+    """Under torchrun, the number of this process and how many there are; without it, 0 and 1."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if args.device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+        if os.environ["LOCAL_RANK"] == "0":
+            open_pairs(args.data, "trainval")  # one worker a machine downloads, the others wait
+        torch.distributed.barrier()
+    return rank, world
 
 def train(args):
     """train a network, with a checkpoint after every epoch"""
-    device = args.device
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:  # torchrun has started this worker and others
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if os.environ["LOCAL_RANK"] == "0":
-            open_pairs(args.data, "trainval")  # one worker downloads, the others wait
-        torch.distributed.barrier()
-    torch.manual_seed(args.seed)
+    device, path, (rank, world) = args.device, args.checkpoint, join_workers(args)
+    options = {name: value for name, value in vars(args).items()
+               if name not in ("run", "device", "checkpoint", "resume")}
     config = dict(in_channels=3, out_classes=len(CLASSES), base=args.base, skip=args.skip,
                   norm=args.norm == "batch", dropout=args.dropout)
-    options = {key: value for key, value in vars(args).items()
-               if key not in ("run", "device", "checkpoint", "resume")}
     state = {"config": config, "options": options, "size": args.size, "history": []}
+    torch.manual_seed(args.seed)
     net = UNet(**config).to(device, memory_format=torch.channels_last)
     if args.resume:
-        state, net = load_checkpoint(args.checkpoint, device)
-        other = {key: value for key, value in state["options"].items() if options.get(key) != value}
-        if other:  # --epochs too: the schedule was laid out for their number
-            raise ValueError(f"--resume: {args.checkpoint} was trained with {other}; give the same")
+        state, net = load_checkpoint(path, device)
+        other = {name: value for name, value in state["options"].items() if options[name] != value}
+        if other:  # --epochs counts too: the learning rate falls to 0 at the last of them
+            raise ValueError(f"--resume: {path} was trained with {other}; give the same")
         if len(state["history"]) == args.epochs:
-            print(f"{args.checkpoint} has all its {args.epochs} epochs: nothing is left to train")
+            raise ValueError(f"--resume: {path} has all {args.epochs} epochs, nothing is left")
     train_set, val_set = (PetDataset(args.data, part, args.size) for part in ("train", "val"))
-    steps = math.ceil(len(train_set) / args.batch_size)
-    optimizer = torch.optim.AdamW(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)
+    steps = min(math.ceil(len(train_set) / args.batch_size), len(train_set) // world)
+    # Few epochs are few steps: AdamW learns faster with less memory than its usual 0.9 and 0.999.
+    optimizer = torch.optim.AdamW(net.parameters(), args.lr, betas=(0.5, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=args.lr, total_steps=args.epochs * steps)
-    half = pick_precision(args.precision, device) == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=half)
+        optimizer, args.lr, args.epochs * steps, anneal_strategy="linear", cycle_momentum=False)
+    fp16 = pick_precision(args.precision, device) == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     parts = {"model": net, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    for name in parts if args.resume else ():
-        parts[name].load_state_dict(state[name])
+    if args.resume:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     for epoch in range(len(state["history"]) + 1, args.epochs + 1):
         torch.manual_seed(10_000 * args.seed + epoch)  # set anew, so that --resume draws the same
@@ -320,24 +315,20 @@ def train(args):
         if rank > 0:
             continue  # the first worker alone validates, prints and saves
         val = evaluate(net, val_set, args.loss, args.precision)
-        if not math.isfinite(loss + val["loss"]):
+        if not math.isfinite(loss + val["val loss"]):
             raise ValueError("the loss is not finite: try a lower --lr or --precision fp32")
-        line = (f"{title}  loss {loss:.3f}  val loss {val['loss']:.3f}  mIoU {val['mIoU']:.3f}  "
-                f"Dice {val['Dice']:.3f}  {speed * world:.0f} images/s")
-        print("\r" + line.ljust(79) if sys.stdout.isatty() else line, flush=True)
-        if epoch == 1 and args.checkpoint.exists():
-            backup = args.checkpoint.replace(f"{args.checkpoint}.bak")
-            print(f"the old {args.checkpoint} is kept as {backup}")
-        state["history"].append({"train_loss": loss, **val})
+        line = (f"{title}  loss {loss:.3f}  val loss {val['val loss']:.3f}  mIoU {val['mIoU']:.3f}"
+                f"  Dice {val['Dice']:.3f}  {speed * world:.0f} images/s")
+        print(f"\r{line:<79}" if sys.stdout.isatty() else line, flush=True)
+        state["history"].append({"train loss": loss, **val})
         state.update({name: part.state_dict() for name, part in parts.items()})
-        temporary = args.checkpoint.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(args.checkpoint)  # a crash leaves the old file, never half a new one
-    if world > 1:
-        torch.distributed.destroy_process_group()
+        torch.save(state, temporary := Path(f"{path}.tmp"))
+        if epoch == 1 and path.exists():
+            print(f"the old {path} is kept as {path.replace(f'{path}.bak')}")
+        temporary.replace(path)  # all at once: a crash never leaves half a checkpoint
 
 # ------------------------------------------- using it ---------------------------------------------
-PALETTE = torch.tensor(list(CLASSES.values()), dtype=torch.uint8)  # PALETTE[mask] is (H, W, 3)
+PALETTE = torch.tensor(list(CLASSES.values()), dtype=torch.uint8)  # PALETTE[mask]: (H, W, 3)
 
 def test(args):
     """score a checkpoint on the official test photos"""
@@ -351,26 +342,24 @@ def show(args):
     """draw test photos, their truth and prediction, and the curves of the training"""
     from matplotlib.figure import Figure  # here, since no other command should wait for it to load
     state, net = load_checkpoint(args.checkpoint, args.device)
-    dataset = PetDataset(args.data, "test", state["size"], count=6)
-    predicted = segment(net.eval(), dataset.photos).argmax(dim=1).cpu()
+    photos, masks = map(torch.stack, zip(*PetDataset(args.data, "test", state["size"], count=6)))
+    predicted = segment(net.eval(), photos).argmax(dim=1).cpu()
     # Masks are drawn in colours: class numbers 0 to 2, taken for brightness up to 255, look black.
-    rows = dataset.photos.movedim(1, -1), PALETTE[dataset.masks.long()], PALETTE[predicted]
-    tiles = F.pad(torch.stack(rows), (0, 0, 2, 2, 2, 2), value=255)  # (3, 6, H, W, 3), white between
+    tiles = torch.stack((photos.movedim(1, -1), PALETTE[masks.long()], PALETTE[predicted]))
+    tiles = F.pad(tiles, (0, 0, 2, 2, 2, 2), value=255)  # (3, 6, H, W, 3) with white between them
     figure = Figure(figsize=(9, 7), layout="constrained")
-    axes = figure.subplot_mosaic("gg;lm", height_ratios=(5, 2))
-    axes["g"].imshow(tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1))
-    axes["g"].set_yticks([tiles.shape[2] * row for row in (0.5, 1.5, 2.5)],
-                         ["input", "ground truth", "prediction"])
-    axes["g"].set_xticks([])
+    grid, curves = figure.subplots(2, 1, height_ratios=(3, 1))
+    grid.imshow(tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1))
+    grid.set(xticks=[], yticks=[(row + 0.5) * tiles.shape[2] for row in range(3)],
+             yticklabels=["input", "ground truth", "prediction"])
     for name, rgb in CLASSES.items():
-        axes["g"].plot([], "s", color=[v / 255 for v in rgb], markeredgecolor="gray", label=name)
-    axes["g"].legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(CLASSES), frameon=False)
-    for ax, key, label in (("l", "train_loss", "training loss"), ("l", "loss", "validation loss"),
-                           ("m", "mIoU", "validation mIoU")):
+        grid.plot([], "s", color=[v / 255 for v in rgb], markeredgecolor="gray", label=name)
+    grid.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(CLASSES), frameon=False)
+    for key in ("train loss", "val loss", "mIoU"):
         values = [epoch[key] for epoch in state["history"]]
-        axes[ax].plot(range(1, len(values) + 1), values, ".-", label=label)
-        axes[ax].set_xlabel("epoch")
-        axes[ax].legend()
+        curves.plot(range(1, len(values) + 1), values, ".-", label=key)
+    curves.set_xlabel("epoch")
+    curves.legend()
     figure.savefig(args.out)
     print(f"wrote {args.out}")
 
@@ -405,7 +394,7 @@ def shapes(args):
 
 # ------------------------------------------- command line -----------------------------------------
 
-def checked(convert, allowed, rule):
+def checked(convert, rule, allowed=lambda value: True):
     """An argparse type: the text converted, or refused with the rule that it breaks."""
     def parse(text):
         try:
@@ -416,49 +405,48 @@ def checked(convert, allowed, rule):
         raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
     return {"type": parse}
 
-def whole(low, high, step=1):
-    return checked(int, lambda n: n in range(low, high + 1, step),
-                   f"a whole number from {low} to {high}" + f" and a multiple of {step}" * (step > 1))
+def number(kind, low, high, step=None):
+    rule = f"a number ({kind.__name__}) from {low} to {high}" + f" divisible by {step}" * bool(step)
+    return checked(kind, rule, lambda x: low <= x <= high and not (step and x % step))
 
 def find_device(name):
     if name == "auto":  # asked to check, since PyTorch names CUDA even where there is no driver
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return torch.zeros(1, device=name).device
+    torch.zeros(1, device=name).item()  # raises where the device does not exist or does not work
+    return torch.device(name)
 
-FILE = checked(Path, lambda p: p.parent.is_dir() and not p.is_dir(), "a file in an existing folder")
-PICTURE = checked(Path, lambda p: p.parent.is_dir() and p.suffix in (".png", ".jpg", ".webp", ".tif"),
-                  "a .png, .jpg, .webp or .tif file in an existing folder")
+DEVICE = checked(find_device, "a device that works here")
+FILE = checked(Path, "a file in an existing folder", lambda p: p.parent.is_dir() and not p.is_dir())
+PICTURE = checked(Path, "a .png, .jpg or .webp file in an existing folder",
+                  lambda p: p.parent.is_dir() and p.suffix in (".png", ".jpg", ".webp"))
 OPTIONS = (  # name, the commands that have it, default, rule, help
     ("photo", "predict", None, {"type": Path}, "any image file"),
-    ("--data", "train test show", "data", {}, "folder of the dataset, fetched if missing; toy: drawings"),
-    ("--epochs", "train", 5, whole(1, 9999), "passes over the training photos"),
-    ("--batch-size", "train", 16, whole(1, 1024), "photos in one step"),
-    ("--size", "train shapes", 128, whole(32, 2048, 16), "photos are resized to size x size pixels"),
-    ("--base", "train shapes", 64, whole(1, 256), "channels of the first level"),
-    ("--lr", "train", 4e-3, checked(float, lambda x: 0 < x <= 1, "a number above 0 and up to 1"),
-     "highest learning rate of the one-cycle schedule"),
+    ("--data", "train test show", "data", {}, "dataset folder, fetched if missing; toy: drawings"),
+    ("--epochs", "train", 5, number(int, 1, 9999), "passes over the training photos"),
+    ("--batch-size", "train", 8, number(int, 1, 1024), "photos in one step"),
+    ("--size", "train shapes", 128, number(int, 32, 2048, 16), "photos are resized to size x size"),
+    ("--base", "train shapes", 64, number(int, 1, 256), "channels of the first level"),
+    ("--lr", "train", 4e-3, number(float, 1e-6, 1), "highest learning rate of the one cycle"),
     ("--loss", "train", "ce", {"choices": LOSSES}, "what training minimises"),
     ("--skip", "train", "concat", {"choices": ("concat", "add", "none")}, "how skips are joined"),
     ("--norm", "train", "batch", {"choices": ("batch", "none")}, "what follows each convolution"),
-    ("--dropout", "train", 0.0, checked(float, lambda p: 0 <= p < 1, "a number from 0 to below 1"),
-     "probability at the end of the encoder"),
-    ("--precision", "train", "auto", {"choices": ("auto", "fp32", "bf16", "fp16")}, "of the network"),
-    ("--seed", "train", 0, whole(0, 2**31), "of the weights, the order and the flips"),
+    ("--dropout", "train", 0.0, number(float, 0, 0.9), "probability at the end of the encoder"),
+    ("--precision", "train", "auto", {"choices": ("auto", "fp32", "bf16", "fp16")}, "arithmetic"),
+    ("--seed", "train", 0, number(int, 0, 2**31), "of the weights, the order and the flips"),
     ("--checkpoint", "train test show predict", "unet.pt", FILE, "the trained network"),
     ("--resume", "train", False, {"action": "store_true"}, "go on after the last finished epoch"),
     ("--out", "show", "unet.png", PICTURE, "the picture to write"),
     ("--out", "predict", "prediction.png", PICTURE, "the picture to write"),
-    ("--device", "train test show predict", "auto",
-     checked(find_device, lambda d: d.type != "meta", "a device that works here"), "cpu, cuda, mps"),
+    ("--device", "train test show predict", "auto", DEVICE, "cpu, cuda, cuda:1, mps ..."),
 )
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("unet.py", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for run in (train, test, show, predict, shapes):
-        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__,
-                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        command.formatter_class = argparse.ArgumentDefaultsHelpFormatter
         command.set_defaults(run=run)
         for name, users, default, rule, text in OPTIONS:
             if run.__name__ in users.split():
@@ -468,7 +456,9 @@ def main(argv=None):
         args.run(args)
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command with --resume goes on after the last finished epoch")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # a bug, which keeps its traceback
         sys.exit(f"unet.py: {' '.join(str(error).split())}")
 
 if __name__ == "__main__":
