@@ -549,6 +549,15 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(pets, monkeypatch):
     assert len(torch.load("unet.pt")["history"]) == 1
 
 
+def test_a_full_disk_is_reported_and_leaves_the_old_checkpoint(pets, monkeypatch, capsys):
+    Path("unet.pt").write_text("precious")
+    def full(state, path):  # what PyTorch raises when the disk is full
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598")
+    monkeypatch.setattr(torch, "save", full)
+    fails(["train", "--epochs", "1", *TINY], capsys, "unet.pt.tmp", "disk")
+    assert Path("unet.pt").read_text() == "precious"
+
+
 def test_resume_after_the_last_epoch_and_with_other_options(pets, capsys):
     argv = ["train", "--epochs", "1", *TINY]
     unet.main(argv)

@@ -54,7 +54,7 @@ def open_pairs(root, split):
         pairs = OxfordIIITPet(root, split, target_types="segmentation", download=True)
         return pairs, [row.split()[0] for row in open(folder / "annotations" / f"{split}.txt")]
     except (OSError, RuntimeError, ValueError) as error:
-        raise OSError(f"--data {root}: no usable {split}.txt: {error}. If the download fails, put "
+        raise OSError(f"--data {root}: no usable {split}.txt ({error}). If the download fails, put "
                       f"images.tar.gz and annotations.tar.gz into {folder}, or try --data toy")
 
 def load_pair(pairs, names, i, size):
@@ -93,12 +93,14 @@ class PetDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, i):
-        mirror = self.mirror and torch.rand(()) < 0.5
-        return tuple(x.flip(-1) if mirror else x for x in self.pairs[i])
+        photo, mask = self.pairs[i]
+        if self.mirror and torch.rand(()) < 0.5:  # half of the time, and always both
+            photo, mask = photo.flip(-1), mask.flip(-1)
+        return photo, mask
 
 # ------------------------------------------- model ------------------------------------------------
 
-def conv_block(in_ch, out_ch, norm=True, dropout=0.0):
+def conv_block(in_ch, out_ch, norm=True, dropout=0):
     """Two 3x3 convolutions, each with BatchNorm and ReLU: (N, in_ch, H, W) to (N, out_ch, H, W)."""
     layers = []
     for channels in (in_ch, out_ch):
@@ -106,15 +108,15 @@ def conv_block(in_ch, out_ch, norm=True, dropout=0.0):
         # No bias before BatchNorm, which would subtract it again with the mean.
         layers.append(nn.Conv2d(channels, out_ch, kernel_size=3, padding=1, bias=not norm))
         if norm:
-            layers.append(nn.BatchNorm2d(out_ch))  # younger than the paper: stable at higher rates
+            layers.append(nn.BatchNorm2d(out_ch))  # younger than the paper, trains much faster
         layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers, nn.Dropout2d(dropout))
 
 class UNet(nn.Module):
-    """Photos (N, in_channels, H, W) to logits (N, out_classes, H, W), H and W multiples of 16.
+    """Photos (N, in_channels, H, W) to logits (N, out_classes, H, W); H and W are multiples of 16.
 
-    skip: "concat" stacks encoder and decoder features (the paper), "add" sums them, "none" is none.
-    norm=False is the network of the tutorials. Dropout ends the encoder (paper, section 3.1).
+    skip: "concat" stacks encoder on decoder features (the paper), "add" sums both, "none" drops it.
+    norm=False: the network of the tutorials. dropout: where the encoder ends (paper, section 3.1).
     """
     def __init__(self, in_channels=3, out_classes=3, base=64, skip="concat", norm=True, dropout=0):
         super().__init__()
@@ -219,7 +221,7 @@ def evaluate(net, dataset, loss, precision="auto"):
     """The mean loss over a dataset, and the scores of one confusion matrix of all its pixels."""
     net.eval()  # BatchNorm takes its running averages, not the batch's; dropout is off
     total, confusion, n = 0.0, 0, len(CLASSES)
-    for photos, masks in DataLoader(dataset, batch_size=16):
+    for photos, masks in DataLoader(dataset, batch_size=16):  # small enough for any memory
         logits = segment(net, photos, precision)
         target = masks.to(logits.device).long()
         total += LOSSES[loss](logits, target).item() * len(photos)
@@ -322,7 +324,10 @@ def train(args):
         print(f"\r{line:<79}" if sys.stdout.isatty() else line, flush=True)
         state["history"].append({"train loss": loss, **val})
         state.update({name: part.state_dict() for name, part in parts.items()})
-        torch.save(state, temporary := Path(f"{path}.tmp"))
+        try:
+            torch.save(state, temporary := Path(f"{path}.tmp"))
+        except RuntimeError as error:  # so PyTorch reports a full disk
+            raise OSError(f"{temporary} could not be written ({error}); is the disk full?")
         if epoch == 1 and path.exists():
             print(f"the old {path} is kept as {path.replace(f'{path}.bak')}")
         temporary.replace(path)  # all at once: a crash never leaves half a checkpoint
@@ -455,10 +460,9 @@ def main(argv=None):
     try:
         args.run(args)
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command with --resume goes on after the last finished epoch")
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise  # a bug, which keeps its traceback
+        hint = "; the same command with --resume goes on after the last finished epoch"
+        sys.exit("\nstopped" + hint * (args.run is train))
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # bugs keep their traceback
         sys.exit(f"unet.py: {' '.join(str(error).split())}")
 
 if __name__ == "__main__":
