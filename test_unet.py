@@ -292,7 +292,7 @@ def test_he_initialisation_keeps_the_signal_alive():
     weight = net.enc3[2].weight  # 256 -> 256 channels, 3x3: section 3 of the paper asks for sqrt(2 / N)
     assert weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 256)), rel=0.02)
     with torch.no_grad():
-        assert 0.1 < net(torch.randn(1, 3, 64, 64)).std() < 10  # PyTorch's default gives 0.02
+        assert 0.2 < net(torch.randn(1, 3, 64, 64)).std() < 10  # PyTorch's default gives 0.07
 
 
 def test_normalisation_and_dropout_are_where_the_page_says():
@@ -381,13 +381,14 @@ def by_hand(name, logits, target):
 @pytest.mark.parametrize("name", unet.LOSSES)
 def test_losses(name):
     torch.manual_seed(0)
-    loss, target = unet.LOSSES[name], torch.randint(0, 3, (2, 16, 16))
+    loss = unet.LOSSES[name]
+    target = torch.tensor([0.7, 0.25, 0.05]).multinomial(512, replacement=True).view(2, 16, 16)  # one class is rare
     logits = torch.randn(2, 3, 16, 16, requires_grad=True)
     assert loss(logits, target).item() == pytest.approx(by_hand(name, logits, target), abs=0.005)
     loss(logits, target).backward()
     assert logits.grad.abs().sum() > 0
     perfect, flat = 20 * F.one_hot(target, 3).movedim(-1, 1).float() - 10, torch.zeros(2, 3, 16, 16)
-    assert loss(perfect, target) < 0.01 < 0.3 < loss(flat, target)
+    assert loss(perfect, target) < 0.02 < 0.3 < loss(flat, target)
     absent = torch.randint(0, 2, (2, 16, 16))  # a class without a pixel is no division by zero
     assert math.isfinite(loss(flat, absent)) and loss(20 * F.one_hot(absent, 3).movedim(-1, 1) - 10.0, absent) < 0.01
 

@@ -27,8 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import OxfordIIITPet
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+# torchvision and matplotlib are imported where they are used: --help should not wait for them.
 
 # ------------------------------------------- data -------------------------------------------------
 # The classes behind the trimap labels 1, 2, 3, each with the colour (RGB) in which it is drawn.
@@ -49,6 +48,7 @@ def open_pairs(root, split):
     if root == "toy":
         seeds = range(300) if split == "trainval" else range(300, 400)
         return [draw_pair(seed) for seed in seeds], seeds
+    from torchvision.datasets import OxfordIIITPet
     folder = Path(root, "oxford-iiit-pet")
     try:
         pairs = OxfordIIITPet(root, split, target_types="segmentation", download=True)
@@ -59,11 +59,13 @@ def open_pairs(root, split):
 
 def load_pair(pairs, names, i, size):
     """Pair i as uint8 tensors: a photo (3, size, size) and its mask (size, size)."""
+    from torchvision.transforms.functional import pil_to_tensor
     try:
         photo, trimap = pairs[i]
         low, high = trimap.getextrema()
         if photo.size != trimap.size or low < 1 or high > len(CLASSES):
-            raise ValueError(f"sizes {photo.size} and {trimap.size}, labels {low} to {high}")
+            raise ValueError(f"sizes {photo.size} and {trimap.size} must be equal, labels {low} to "
+                             f"{high} within 1 to {len(CLASSES)}")
         photo = photo.resize((size, size), Image.Resampling.BILINEAR)
         # NEAREST, since the mean of pet (1) and border (3) would be a false background (2).
         trimap = trimap.resize((size, size), Image.Resampling.NEAREST)
@@ -262,7 +264,7 @@ def train_epoch(model, batches, args, optimizer, schedule, scaler, title):
             spent = time.time() - start
             left = spent / step * (len(batches) - step)
             print(f"\r{title}  step {step}/{len(batches)}  loss {mean:.3f}  "
-                  f"{seen / spent:.0f} images/s  {left:.0f} s left ", end="", flush=True)
+                  f"{seen / spent:.1f} images/s  {left:.0f} s left ", end="", flush=True)
     return total.item() / step, seen / (time.time() - start)
 
 def join_workers(args):
@@ -320,7 +322,7 @@ def train(args):
         if not math.isfinite(loss + val["val loss"]):
             raise ValueError("the loss is not finite: try a lower --lr or --precision fp32")
         line = (f"{title}  loss {loss:.3f}  val loss {val['val loss']:.3f}  mIoU {val['mIoU']:.3f}"
-                f"  Dice {val['Dice']:.3f}  {speed * world:.0f} images/s")
+                f"  Dice {val['Dice']:.3f}  {speed * world:.1f} images/s")
         print(f"\r{line:<79}" if sys.stdout.isatty() else line, flush=True)
         state["history"].append({"train loss": loss, **val})
         state.update({name: part.state_dict() for name, part in parts.items()})
@@ -345,14 +347,14 @@ def test(args):
 @torch.no_grad()
 def show(args):
     """draw test photos, their truth and prediction, and the curves of the training"""
-    from matplotlib.figure import Figure  # here, since no other command should wait for it to load
+    from matplotlib.figure import Figure
     state, net = load_checkpoint(args.checkpoint, args.device)
     photos, masks = map(torch.stack, zip(*PetDataset(args.data, "test", state["size"], count=6)))
     predicted = segment(net.eval(), photos).argmax(dim=1).cpu()
     # Masks are drawn in colours: class numbers 0 to 2, taken for brightness up to 255, look black.
     tiles = torch.stack((photos.movedim(1, -1), PALETTE[masks.long()], PALETTE[predicted]))
     tiles = F.pad(tiles, (0, 0, 2, 2, 2, 2), value=255)  # (3, 6, H, W, 3) with white between them
-    figure = Figure(figsize=(9, 7), layout="constrained")
+    figure = Figure(figsize=(9, 6.6), layout="constrained")
     grid, curves = figure.subplots(2, 1, height_ratios=(3, 1))
     grid.imshow(tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1))
     grid.set(xticks=[], yticks=[(row + 0.5) * tiles.shape[2] for row in range(3)],
@@ -371,6 +373,7 @@ def show(args):
 @torch.no_grad()
 def predict(args):
     """segment any photo: the mask drawn over it, at the photo's own size"""
+    from torchvision.transforms.functional import pil_to_tensor, to_pil_image
     if args.out.exists() and args.out.samefile(args.photo):
         raise ValueError(f"--out {args.out} would overwrite the photo")
     state, net = load_checkpoint(args.checkpoint, args.device)
