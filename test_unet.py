@@ -48,6 +48,12 @@ def make_pets(root, trainval=10, test=4, draw=unet.draw_pair):
     return root
 
 
+@pytest.fixture(autouse=True)
+def no_accelerator(monkeypatch):
+    """`--device auto` means the CPU in every test, so that all machines run the same."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+
+
 @pytest.fixture
 def pets(tmp_path, monkeypatch):
     """A small dataset in the folder `data`, in an otherwise empty working directory."""
@@ -623,6 +629,12 @@ def test_precision_of_the_convolutions(name, dtype):
     assert seen == [dtype] and logits.dtype == torch.float32
 
 
+def test_automatic_device_is_the_accelerator_if_one_works(monkeypatch):
+    assert unet.find_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    assert unet.find_device("auto") == torch.device("cuda")
+
+
 def test_automatic_precision_follows_the_hardware(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for features, expected in (({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16),
@@ -644,18 +656,18 @@ def run(*argv, cwd, **environment):
 
 def test_every_command_on_toy_data(tmp_path):
     """What a stranger would try first, each in a process of its own, without a display."""
-    tiny = "--data toy --base 4 --size 32 --epochs 2".split()
+    tiny = "--data toy --base 4 --size 32 --epochs 2 --device cpu".split()
     done = run("train", *tiny, cwd=tmp_path, DISPLAY="")
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == 2, done
     assert all(re.search(r"loss \d\.\d+  val loss \d\.\d+  mIoU 0\.\d{3} .* images/s$", line) for line in lines)
     assert "\r" not in done.stdout and "\x1b" not in done.stdout and not done.stderr
-    done = run("test", "--data", "toy", cwd=tmp_path)
+    done = run("test", "--data", "toy", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0 and re.search(r"mIoU 0\.\d{3}", done.stdout) and "border" in done.stdout
-    done = run("show", "--data", "toy", cwd=tmp_path, DISPLAY="")
+    done = run("show", "--data", "toy", "--device", "cpu", cwd=tmp_path, DISPLAY="")
     assert done.returncode == 0 and len(Image.open(tmp_path / "unet.png").convert("RGB").getcolors(10**6)) > 1000
     Image.new("RGB", (75, 50), "red").save(tmp_path / "a photo \u00e9.png")
-    done = run("predict", "a photo \u00e9.png", cwd=tmp_path)
+    done = run("predict", "a photo \u00e9.png", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0 and Image.open(tmp_path / "prediction.png").size == (75, 50)
     done = run("shapes", "--base", 32, "--size", 256, cwd=tmp_path)
     for shape in ("(1, 3, 256, 256)", "(1, 32, 256, 256)", "(1, 512, 16, 16)", "(1, 512, 32, 32)"):
@@ -663,6 +675,7 @@ def test_every_command_on_toy_data(tmp_path):
     assert run(cwd=tmp_path).returncode == 2
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="PyTorch for Windows comes without torchrun's libuv")
 def test_two_workers_share_each_epoch(tmp_path):
     """torchrun over gloo: one worker prints and saves, the score is that of one worker."""
     argv = "train --data toy --base 4 --size 32 --epochs 2 --device cpu --precision fp32".split()
@@ -747,7 +760,7 @@ def test_bad_checkpoints_are_named_by_every_command(pets, trained, capsys, kind)
         net = unet.UNet(out_classes=5, base=2)
         torch.save({**good, "config": {**good["config"], "out_classes": 5}, "model": net.state_dict()}, path)
     elif kind == "trap":
-        path.write_bytes(pickle.dumps(Trap()))
+        path.write_bytes(pickle.dumps(Trap(), protocol=2))
     photo = next((pets / "images").iterdir())
     for argv in (["test"], ["show"], ["predict", photo], ["train", *TINY, "--resume"]):
         fails([*argv, "--checkpoint", path], capsys, "bad.pt")
