@@ -246,6 +246,16 @@ def load_checkpoint(path, device):
     except Exception as error:  # a missing, truncated, foreign or hostile file
         raise ValueError(f"{path} is no checkpoint of unet.py train ({type(error).__name__})")
 
+def save_checkpoint(state, path):
+    """Write state beside path, then move it there: a crash never leaves half a checkpoint."""
+    try:
+        torch.save(state, temporary := Path(f"{path}.tmp"))
+    except RuntimeError as error:  # so PyTorch reports a full disk
+        raise OSError(f"{temporary} could not be written ({error}); is the disk full?")
+    if len(state["history"]) == 1 and path.exists():  # training has begun anew
+        print(f"the old {path} is kept as {path.replace(f'{path}.bak')}")
+    temporary.replace(path)
+
 def train_epoch(model, batches, args, optimizer, schedule, scaler, title):
     """One pass over the training photos: the mean loss, and images a second."""
     model.train()
@@ -326,13 +336,7 @@ def train(args):
         print(f"\r{line:<79}" if sys.stdout.isatty() else line, flush=True)
         state["history"].append({"train loss": loss, **val})
         state.update({name: part.state_dict() for name, part in parts.items()})
-        try:
-            torch.save(state, temporary := Path(f"{path}.tmp"))
-        except RuntimeError as error:  # so PyTorch reports a full disk
-            raise OSError(f"{temporary} could not be written ({error}); is the disk full?")
-        if epoch == 1 and path.exists():
-            print(f"the old {path} is kept as {path.replace(f'{path}.bak')}")
-        temporary.replace(path)  # all at once: a crash never leaves half a checkpoint
+        save_checkpoint(state, path)
 
 # ------------------------------------------- using it ---------------------------------------------
 PALETTE = torch.tensor(list(CLASSES.values()), dtype=torch.uint8)  # PALETTE[mask]: (H, W, 3)
