@@ -136,12 +136,14 @@ class UNet(nn.Module):
         self.up2, self.dec2 = nn.ConvTranspose2d(c3, c2, 2, stride=2), conv_block(k * c2, c2, norm)
         self.up1, self.dec1 = nn.ConvTranspose2d(c2, c1, 2, stride=2), conv_block(k * c1, c1, norm)
         self.final = nn.Conv2d(c1, out_classes, kernel_size=1)  # classifies each pixel by itself
-        # He initialisation (section 3): variance 2 / inputs, so 18 ReLUs do not fade the signal.
+        # He initialisation (section 3): variance 2 / inputs, so 18 ReLUs do not fade the signal. By
+        # PyTorch's count of inputs it is 1 / inputs for the transposed ones, which no ReLU follows.
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
     def join(self, up, skip):
+        """The skip connection: decoder features meet encoder features of the same shape."""
         if self.skip == "concat":
             return torch.cat((up, skip), dim=1)  # 1: channels; 0 is the batch, 2 and 3 the pixels
         return up + skip if self.skip == "add" else up
@@ -223,7 +225,7 @@ def evaluate(net, dataset, loss, precision="auto"):
     """The mean loss over a dataset, and the scores of one confusion matrix of all its pixels."""
     net.eval()  # BatchNorm takes its running averages, not the batch's; dropout is off
     total, confusion, n = 0.0, 0, len(CLASSES)
-    for photos, masks in DataLoader(dataset, batch_size=16):  # small enough for any memory
+    for photos, masks in DataLoader(dataset, batch_size=16):  # fits: no gradients are kept
         logits = segment(net, photos, precision)
         target = masks.to(logits.device).long()
         total += LOSSES[loss](logits, target).item() * len(photos)
@@ -301,7 +303,7 @@ def train(args):
     net = UNet(**config).to(device, memory_format=torch.channels_last)
     if args.resume:
         state, net = load_checkpoint(path, device)
-        other = {name: value for name, value in state["options"].items() if options[name] != value}
+        other = {key: value for key, value in state["options"].items() if options.get(key) != value}
         if other:  # --epochs counts too: the learning rate falls to 0 at the last of them
             raise ValueError(f"--resume: {path} was trained with {other}; give the same")
         if len(state["history"]) == args.epochs:
