@@ -11,15 +11,13 @@ Going down, each level halves height and width and doubles the channels: the net
 in the photo and loses where. Going up undoes that, and the skips bring back the where. The paper:
 Ronneberger, Fischer, Brox 2015, arxiv.org/abs/1505.04597. Two departures: padding and BatchNorm.
 
-    python unet.py train --epochs 5   fetch the Oxford-IIIT Pet photos, train, write unet.pt
-    python unet.py test               score unet.pt on the official test photos
-    python unet.py show               draw photos, truth, predictions and curves into unet.png
-    python unet.py predict PHOTO      segment a photo of your own into prediction.png
-    python unet.py shapes             print the shapes of one forward pass
-With --data toy it works on drawings, without a download; --help after a command lists its options.
+`python unet.py train --epochs 5` fetches the Oxford-IIIT Pet photos, trains and writes unet.pt;
+then `test` scores it, `show` draws predictions and curves, `predict PHOTO` segments a photo of your
+own. With `--data toy` they work on drawings, without a download. `shapes` prints the shapes above.
 """
 import argparse, math, os, random, sys, time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -27,7 +25,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
-# torchvision and matplotlib are imported where they are used: --help should not wait for them.
 
 # ------------------------------------------- data -------------------------------------------------
 # The classes behind the trimap labels 1, 2, 3, each with the colour (RGB) in which it is drawn.
@@ -48,7 +45,7 @@ def open_pairs(root, split):
     if root == "toy":
         seeds = range(300) if split == "trainval" else range(300, 400)
         return [draw_pair(seed) for seed in seeds], seeds
-    from torchvision.datasets import OxfordIIITPet
+    from torchvision.datasets import OxfordIIITPet  # imported here, so that --help need not wait
     folder = Path(root, "oxford-iiit-pet")
     try:
         pairs = OxfordIIITPet(root, split, target_types="segmentation", download=True)
@@ -64,20 +61,19 @@ def load_pair(pairs, names, i, size):
         photo, trimap = pairs[i]
         low, high = trimap.getextrema()
         if photo.size != trimap.size or low < 1 or high > len(CLASSES):
-            raise ValueError(f"sizes {photo.size} and {trimap.size} must be equal, labels {low} to "
-                             f"{high} within 1 to {len(CLASSES)}")
-        photo = photo.resize((size, size), Image.Resampling.BILINEAR)
-        # NEAREST, since the mean of pet (1) and border (3) would be a false background (2).
-        trimap = trimap.resize((size, size), Image.Resampling.NEAREST)
-        return pil_to_tensor(photo), pil_to_tensor(trimap)[0] - 1  # PyTorch counts from 0
+            raise ValueError(f"sizes {photo.size}, {trimap.size} and labels {low} to {high}")
     except Exception as error:  # on a broken file, Pillow raises even SyntaxError
         raise ValueError(f"{names[i]}.jpg or its trimap .png is not usable: {error}") from error
+    photo = photo.resize((size, size), Image.Resampling.BILINEAR)
+    # NEAREST, since the mean of pet (1) and border (3) would be a false background (2).
+    trimap = trimap.resize((size, size), Image.Resampling.NEAREST)
+    return pil_to_tensor(photo), pil_to_tensor(trimap)[0] - 1  # PyTorch counts classes from 0
 
 class PetDataset(Dataset):
-    """The "train", "val" or "test" pairs, decoded once and kept in memory as uint8.
+    """The "train", "val" or "test" pairs, decoded once and kept: 64 KiB a pair at size 128.
 
-    dataset[i] is a photo (3, size, size) of values 0 to 255 and its mask (size, size) of classes 0
-    to 2, together 4 bytes a pixel, 64 KiB at size 128. Training pairs are mirrored at random.
+    dataset[i]: a photo (3, size, size) of values 0 to 255 and its mask (size, size) of classes 0
+    to 2, both uint8. Training pairs are mirrored at random.
     """
     def __init__(self, root, part, size, count=None):
         pairs, names = open_pairs(root, "test" if part == "test" else "trainval")
@@ -101,8 +97,7 @@ class PetDataset(Dataset):
         return photo, mask
 
 # ------------------------------------------- model ------------------------------------------------
-
-def conv_block(in_ch, out_ch, norm=True, dropout=0):
+def conv_block(in_ch, out_ch, norm=True, dropout=0.0):
     """Two 3x3 convolutions, each with BatchNorm and ReLU: (N, in_ch, H, W) to (N, out_ch, H, W)."""
     layers = []
     for channels in (in_ch, out_ch):
@@ -123,7 +118,7 @@ class UNet(nn.Module):
     def __init__(self, in_channels=3, out_classes=3, base=64, skip="concat", norm=True, dropout=0):
         super().__init__()
         self.skip = skip
-        k = {"concat": 2, "add": 1, "none": 1}[skip]  # dec4 gets 1024: 512 from up4, 512 from enc4
+        k = 2 if skip == "concat" else 1  # dec4 gets 1024 channels: 512 from up4, 512 from enc4
         c1, c2, c3, c4, c5 = (base * 2**level for level in range(5))  # 64, 128, 256, 512, 1024
         self.pool = nn.MaxPool2d(2)
         self.enc1 = conv_block(in_channels, c1, norm)
@@ -172,8 +167,6 @@ class UNet(nn.Module):
         return self.final(d1)               # (N,    3, 128, 128)
 
 # ------------------------------------------- losses and scores ------------------------------------
-# A loss takes logits (N, C, H, W) and a target (N, H, W) of classes 0 to C - 1 to a scalar.
-
 def one_hot(target, classes):
     """(N, H, W) to (N, classes, H, W) of 0.0 and 1.0; a single class is its own mask already."""
     return (F.one_hot(target, classes).movedim(-1, 1) if classes > 1 else target[:, None]).float()
@@ -184,7 +177,7 @@ def soft_dice(logits, target):
     t = one_hot(target, logits.shape[1])
     return (2 * (p * t).sum((0, 2, 3)) + 1) / ((p + t).sum((0, 2, 3)) + 1)  # + 1 pixel: never 0 / 0
 
-LOSSES = {
+LOSSES = {  # from logits (N, C, H, W) and a target (N, H, W) of classes 0 to C - 1 to a scalar
     "ce": F.cross_entropy,  # the mean over pixels: large classes, such as background, weigh most
     "weighted-ce": lambda z, t: F.cross_entropy(  # a class weighs 1 / its pixels: all weigh alike
         z, t, weight=1 / t.flatten().bincount(minlength=z.shape[1]).clamp(min=1)),
@@ -225,7 +218,7 @@ def evaluate(net, dataset, loss, precision="auto"):
     """The mean loss over a dataset, and the scores of one confusion matrix of all its pixels."""
     net.eval()  # BatchNorm takes its running averages, not the batch's; dropout is off
     total, confusion, n = 0.0, 0, len(CLASSES)
-    for photos, masks in DataLoader(dataset, batch_size=16):  # fits: no gradients are kept
+    for photos, masks in DataLoader(dataset, batch_size=16):
         logits = segment(net, photos, precision)
         target = masks.to(logits.device).long()
         total += LOSSES[loss](logits, target).item() * len(photos)
@@ -234,7 +227,6 @@ def evaluate(net, dataset, loss, precision="auto"):
     return {"val loss": total / len(dataset), **scores(confusion)}
 
 # ------------------------------------------- training ---------------------------------------------
-
 def load_checkpoint(path, device):
     """What `train` saved, a dict, and its network. Raises ValueError, naming the file."""
     try:
@@ -261,7 +253,7 @@ def save_checkpoint(state, path):
 def train_epoch(model, batches, args, optimizer, schedule, scaler, title):
     """One pass over the training photos: the mean loss, and images a second."""
     model.train()
-    total, seen, start = 0.0, 0, time.time()
+    total, seen, start, every = 0.0, 0, time.time(), max(1, len(batches) // 100)
     for step, (photos, masks) in enumerate(batches, start=1):
         logits = segment(model, photos, args.precision)
         loss = LOSSES[args.loss](logits, masks.to(logits.device, non_blocking=True).long())
@@ -270,26 +262,24 @@ def train_epoch(model, batches, args, optimizer, schedule, scaler, title):
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
-        total, seen = total + loss.detach(), seen + len(photos)
-        if sys.stdout.isatty() and step % max(1, len(batches) // 100) == 0:
-            mean = total.item() / step  # only a hundred times an epoch, since it waits for the GPU
-            spent = time.time() - start
+        total, seen, spent = total + loss.detach(), seen + len(photos), time.time() - start
+        if sys.stdout.isatty() and step % every == 0:
             left = spent / step * (len(batches) - step)
-            print(f"\r{title}  step {step}/{len(batches)}  loss {mean:.3f}  "
+            print(f"\r{title}  step {step}/{len(batches)}  loss {total.item() / step:.3f}  "
                   f"{seen / spent:.1f} images/s  {left:.0f} s left ", end="", flush=True)
     return total.item() / step, seen / (time.time() - start)
 
 def join_workers(args):
     """Under torchrun, the number of this process and how many there are; without it, 0 and 1."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        if args.device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-        if os.environ["LOCAL_RANK"] == "0":
-            open_pairs(args.data, "trainval")  # one worker a machine downloads, the others wait
-        torch.distributed.barrier()
-    return rank, world
+    if not torch.distributed.is_torchelastic_launched():
+        return 0, 1
+    if args.device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    if os.environ["LOCAL_RANK"] == "0":
+        open_pairs(args.data, "trainval")  # one worker a machine downloads, the others wait
+    torch.distributed.barrier()
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 def train(args):
     """train a network, with a checkpoint after every epoch"""
@@ -317,9 +307,8 @@ def train(args):
     fp16 = pick_precision(args.precision, device) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     parts = {"model": net, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    if args.resume:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+    for name, part in parts.items() if args.resume else ():
+        part.load_state_dict(state[name])
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     for epoch in range(len(state["history"]) + 1, args.epochs + 1):
         torch.manual_seed(10_000 * args.seed + epoch)  # set anew, so that --resume draws the same
@@ -341,8 +330,6 @@ def train(args):
         save_checkpoint(state, path)
 
 # ------------------------------------------- using it ---------------------------------------------
-PALETTE = torch.tensor(list(CLASSES.values()), dtype=torch.uint8)  # PALETTE[mask]: (H, W, 3)
-
 def test(args):
     """score a checkpoint on the official test photos"""
     state, net = load_checkpoint(args.checkpoint, args.device)
@@ -350,29 +337,33 @@ def test(args):
     classes = "  ".join(f"{name} {iou:.3f}" for name, iou in zip(CLASSES, s["IoU"]))
     print(f"mIoU {s['mIoU']:.3f}  {classes}  Dice {s['Dice']:.3f}  acc {s['accuracy']:.3f}")
 
+def colour(masks):
+    """Masks (N, H, W) as pictures (N, 3, H, W); as brightness, 0 to 2 would all look black."""
+    palette = torch.tensor(list(CLASSES.values()), dtype=torch.uint8)  # (classes, 3)
+    return palette[masks.long().cpu()].movedim(-1, 1)
+
 @torch.no_grad()
 def show(args):
     """draw test photos, their truth and prediction, and the curves of the training"""
     from matplotlib.figure import Figure
+    from torchvision.utils import make_grid
     state, net = load_checkpoint(args.checkpoint, args.device)
     photos, masks = map(torch.stack, zip(*PetDataset(args.data, "test", state["size"], count=6)))
-    predicted = segment(net.eval(), photos).argmax(dim=1).cpu()
-    # Masks are drawn in colours: class numbers 0 to 2, taken for brightness up to 255, look black.
-    tiles = torch.stack((photos.movedim(1, -1), PALETTE[masks.long()], PALETTE[predicted]))
-    tiles = F.pad(tiles, (0, 0, 2, 2, 2, 2), value=255)  # (3, 6, H, W, 3) with white between them
+    predicted = segment(net.eval(), photos).argmax(dim=1)
+    rows = {"input": photos, "ground truth": colour(masks), "prediction": colour(predicted)}
     figure = Figure(figsize=(9, 6.6), layout="constrained")
-    grid, curves = figure.subplots(2, 1, height_ratios=(3, 1))
-    grid.imshow(tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1))
-    grid.set(xticks=[], yticks=[(row + 0.5) * tiles.shape[2] for row in range(3)],
-             yticklabels=["input", "ground truth", "prediction"])
+    axes = figure.subplots(len(rows) + 1)
+    for row, (name, pictures) in zip(axes, rows.items()):
+        row.imshow(make_grid(pictures, pad_value=255).movedim(0, -1))
+        row.set(xticks=[], yticks=[], ylabel=name)
     for name, rgb in CLASSES.items():
-        grid.plot([], "s", color=[v / 255 for v in rgb], markeredgecolor="gray", label=name)
-    grid.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(CLASSES), frameon=False)
+        row.plot([], "s", color=[v / 255 for v in rgb], markeredgecolor="gray", label=name)
+    row.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(CLASSES), frameon=False)
     for key in ("train loss", "val loss", "mIoU"):
         values = [epoch[key] for epoch in state["history"]]
-        curves.plot(range(1, len(values) + 1), values, ".-", label=key)
-    curves.set_xlabel("epoch")
-    curves.legend()
+        axes[-1].plot(range(1, len(values) + 1), values, ".-", label=key)
+    axes[-1].set_xlabel("epoch")
+    axes[-1].legend()
     figure.savefig(args.out)
     print(f"wrote {args.out}")
 
@@ -393,8 +384,8 @@ def predict(args):
     x = pil_to_tensor(photo.resize((state["size"], state["size"]), Image.Resampling.BILINEAR))
     logits = segment(net.eval(), x.unsqueeze(0))
     # Logits are resized, not labels: nothing lies between two labels, but between logits an edge.
-    mask = F.interpolate(logits, size=photo.size[::-1], mode="bilinear").argmax(dim=1)[0].cpu()
-    Image.blend(photo, to_pil_image(PALETTE[mask].movedim(-1, 0)), 0.5).save(args.out)
+    mask = F.interpolate(logits, size=photo.size[::-1], mode="bilinear").argmax(dim=1)
+    Image.blend(photo, to_pil_image(colour(mask)[0]), 0.5).save(args.out)
     print(f"wrote {args.out}")
 
 def shapes(args):
@@ -407,15 +398,12 @@ def shapes(args):
     print(f"{sum(p.numel() for p in net.parameters()):,} parameters")
 
 # ------------------------------------------- command line -----------------------------------------
-
 def checked(convert, rule, allowed=lambda value: True):
     """An argparse type: the text converted, or refused with the rule that it breaks."""
     def parse(text):
-        try:
+        with suppress(Exception):
             if allowed(value := convert(text)):
                 return value
-        except Exception:
-            pass
         raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
     return {"type": parse}
 
