@@ -27,16 +27,17 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 # ------------------------------------------- data -------------------------------------------------
-# The classes behind the trimap labels 1, 2, 3, each with the colour (RGB) in which it is drawn.
+# A trimap labels each pixel 1, 2 or 3 for one of these classes, here with the colours (RGB) to draw
+# them in. The border is the band around a pet that its annotators left undecided.
 CLASSES = {"pet": (230, 159, 0), "background": (0, 90, 150), "border": (240, 240, 240)}
 
 def draw_pair(seed):
     """A toy photo and its trimap, PIL images like those of the dataset: a furry polygon."""
-    rng, trimap = random.Random(seed), Image.new("L", (192, 160), 2)
+    rng, trimap = random.Random(seed), Image.new("L", (192, 160), 2)  # all background
     circle = rng.randint(60, 132), rng.randint(60, 100), rng.randint(40, 60)  # x, y, radius
     corners, angle = rng.randint(3, 8), rng.randint(0, 90)
     ImageDraw.Draw(trimap).regular_polygon(circle, corners, angle, fill=1, outline=3, width=6)
-    fur, wall = (Image.frombytes("RGB", (n, n), rng.randbytes(3 * n * n)) for n in (40, 4))
+    fur, wall = (Image.frombytes("RGB", (n, n), rng.randbytes(3 * n * n)) for n in (40, 4))  # noise
     shape = trimap.point(lambda label: 255 * (label != 2))
     return Image.composite(fur.resize(shape.size), wall.resize(shape.size), shape), trimap
 
@@ -84,7 +85,7 @@ class PetDataset(Dataset):
         order = {"train": order[:cut], "val": order[cut:], "test": order}[part][:count]
         if not order:
             raise ValueError(f"--data {root}: its lists name too few photos for a {part} part")
-        with ThreadPoolExecutor() as pool:  # threads, since Pillow works outside Python's lock
+        with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes outside Python's lock
             self.pairs = list(pool.map(lambda i: load_pair(pairs, names, i, size), order))
 
     def __len__(self):
@@ -92,7 +93,7 @@ class PetDataset(Dataset):
 
     def __getitem__(self, i):
         photo, mask = self.pairs[i]
-        if self.mirror and torch.rand(()) < 0.5:  # half of the time, and always both
+        if self.mirror and torch.rand(()) < 0.5:  # half of the time, photo and mask alike
             photo, mask = photo.flip(-1), mask.flip(-1)
         return photo, mask
 
@@ -105,22 +106,23 @@ def conv_block(in_ch, out_ch, norm=True, dropout=0.0):
         # No bias before BatchNorm, which would subtract it again with the mean.
         layers.append(nn.Conv2d(channels, out_ch, kernel_size=3, padding=1, bias=not norm))
         if norm:
-            layers.append(nn.BatchNorm2d(out_ch))  # younger than the paper, trains much faster
+            layers.append(nn.BatchNorm2d(out_ch))  # not in the paper; trains much faster
         layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers, nn.Dropout2d(dropout))
 
 class UNet(nn.Module):
     """Photos (N, in_channels, H, W) to logits (N, out_classes, H, W); H and W are multiples of 16.
 
-    skip: "concat" stacks encoder on decoder features (the paper), "add" sums both, "none" drops it.
-    norm=False: the network of the tutorials. dropout: where the encoder ends (paper, section 3.1).
+    base: channels of the first level. norm: whether BatchNorm is used. dropout: its probability, at
+    the end of the encoder (paper, section 3.1). skip: how decoder and encoder features are joined,
+    "concat" stacks them (the paper), "add" sums them, "none" leaves the encoder's out.
     """
     def __init__(self, in_channels=3, out_classes=3, base=64, skip="concat", norm=True, dropout=0):
         super().__init__()
         self.skip = skip
-        k = 2 if skip == "concat" else 1  # dec4 gets 1024 channels: 512 from up4, 512 from enc4
         c1, c2, c3, c4, c5 = (base * 2**level for level in range(5))  # 64, 128, 256, 512, 1024
-        self.pool = nn.MaxPool2d(2)
+        k = 2 if skip == "concat" else 1  # dec4 gets 1024 channels: 512 from up4, 512 from enc4
+        self.pool = nn.MaxPool2d(2)  # halves H and W; up4 to up1 learn to double them again
         self.enc1 = conv_block(in_channels, c1, norm)
         self.enc2 = conv_block(c1, c2, norm)
         self.enc3 = conv_block(c2, c3, norm)
@@ -130,9 +132,9 @@ class UNet(nn.Module):
         self.up3, self.dec3 = nn.ConvTranspose2d(c4, c3, 2, stride=2), conv_block(k * c3, c3, norm)
         self.up2, self.dec2 = nn.ConvTranspose2d(c3, c2, 2, stride=2), conv_block(k * c2, c2, norm)
         self.up1, self.dec1 = nn.ConvTranspose2d(c2, c1, 2, stride=2), conv_block(k * c1, c1, norm)
-        self.final = nn.Conv2d(c1, out_classes, kernel_size=1)  # classifies each pixel by itself
-        # He initialisation (section 3): variance 2 / inputs, so 18 ReLUs do not fade the signal. By
-        # PyTorch's count of inputs it is 1 / inputs for the transposed ones, which no ReLU follows.
+        self.final = nn.Conv2d(c1, out_classes, kernel_size=1)  # a pixel's 64 features to 3 logits
+        # He initialisation (section 3): a ReLU zeroes half of its inputs, so weights get a variance
+        # of 2 / inputs (1 / inputs in up4 to up1, without a ReLU), or 18 ReLUs fade the signal.
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -168,16 +170,16 @@ class UNet(nn.Module):
 
 # ------------------------------------------- losses and scores ------------------------------------
 def one_hot(target, classes):
-    """(N, H, W) to (N, classes, H, W) of 0.0 and 1.0; a single class is its own mask already."""
+    """(N, H, W) to (N, classes, H, W) of 0.0 and 1.0; with one class, the target is that mask."""
     return (F.one_hot(target, classes).movedim(-1, 1) if classes > 1 else target[:, None]).float()
 
 def soft_dice(logits, target):
-    """2 |A and B| / (|A| + |B|) of predicted and true area for each class: (C,), 0 to 1."""
+    """Dice of each class, 2 |A and B| / (|A| + |B|), with probabilities as areas: (C,), 0 to 1."""
     p = logits.softmax(dim=1) if logits.shape[1] > 1 else logits.sigmoid()
     t = one_hot(target, logits.shape[1])
     return (2 * (p * t).sum((0, 2, 3)) + 1) / ((p + t).sum((0, 2, 3)) + 1)  # + 1 pixel: never 0 / 0
 
-LOSSES = {  # from logits (N, C, H, W) and a target (N, H, W) of classes 0 to C - 1 to a scalar
+LOSSES = {  # (logits (N, C, H, W), target (N, H, W) of classes 0 to C - 1) -> scalar
     "ce": F.cross_entropy,  # the mean over pixels: large classes, such as background, weigh most
     "weighted-ce": lambda z, t: F.cross_entropy(  # a class weighs 1 / its pixels: all weigh alike
         z, t, weight=1 / t.flatten().bincount(minlength=z.shape[1]).clamp(min=1)),
@@ -189,14 +191,14 @@ LOSSES = {  # from logits (N, C, H, W) and a target (N, H, W) of classes 0 to C 
 
 def scores(confusion):
     """Scores of a confusion matrix (C, C), pixels of true class (row) and predicted class (column).
-    A class in neither truth nor prediction has no IoU or Dice (nan) and stays out of the means."""
+    IoU: intersection / union. A class in neither is nan and stays out of the means."""
     hits, areas = confusion.diag(), confusion.sum(dim=0) + confusion.sum(dim=1)
     iou, dice = hits / (areas - hits), 2 * hits / areas
     return {"mIoU": iou.nanmean().item(), "Dice": dice.nanmean().item(),
             "accuracy": (hits.sum() / confusion.sum()).item(), "IoU": iou.tolist()}
 
 def pick_precision(name, device):
-    """The dtype of convolutions; "auto" takes 16 bits only where the hardware is made for them."""
+    """The dtype of convolutions; "auto" takes 16 bits only where the hardware is faster at them."""
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif name == "auto":
@@ -209,7 +211,7 @@ def segment(net, photos, precision="auto"):
     device = next(net.parameters()).device
     dtype = pick_precision(precision, device)
     photos = photos.to(device, non_blocking=True)  # as bytes, a quarter of the traffic of floats
-    x = photos.to(memory_format=torch.channels_last).float() / 255
+    x = photos.to(memory_format=torch.channels_last).float() / 255  # the layout of fast kernels
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         return net(x).float()
 
@@ -244,7 +246,7 @@ def save_checkpoint(state, path):
     """Write state beside path, then move it there: a crash never leaves half a checkpoint."""
     try:
         torch.save(state, temporary := Path(f"{path}.tmp"))
-    except RuntimeError as error:  # so PyTorch reports a full disk
+    except RuntimeError as error:  # PyTorch's way to report a full disk
         raise OSError(f"{temporary} could not be written ({error}); is the disk full?")
     if len(state["history"]) == 1 and path.exists():  # training has begun anew
         print(f"the old {path} is kept as {path.replace(f'{path}.bak')}")
@@ -258,7 +260,7 @@ def train_epoch(model, batches, args, optimizer, schedule, scaler, title):
         logits = segment(model, photos, args.precision)
         loss = LOSSES[args.loss](logits, masks.to(logits.device, non_blocking=True).long())
         optimizer.zero_grad()
-        scaler.scale(loss).backward()  # scaled up in fp16, where small gradients would become 0
+        scaler.scale(loss).backward()  # scaled only in fp16, where small gradients would become 0
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
@@ -300,21 +302,21 @@ def train(args):
             raise ValueError(f"--resume: {path} has all {args.epochs} epochs, nothing is left")
     train_set, val_set = (PetDataset(args.data, part, args.size) for part in ("train", "val"))
     steps = min(math.ceil(len(train_set) / args.batch_size), len(train_set) // world)
-    # Few epochs are few steps: AdamW learns faster with less memory than its usual 0.9 and 0.999.
+    # In few epochs, AdamW learns faster if its averages forget sooner than with 0.9 and 0.999.
     optimizer = torch.optim.AdamW(net.parameters(), args.lr, betas=(0.5, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
+    schedule = torch.optim.lr_scheduler.OneCycleLR(  # step by step up to --lr, then down to 0
         optimizer, args.lr, args.epochs * steps, anneal_strategy="linear", cycle_momentum=False)
     fp16 = pick_precision(args.precision, device) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     parts = {"model": net, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    for name, part in parts.items() if args.resume else ():
+    for name, part in (parts.items() if args.resume else ()):
         part.load_state_dict(state[name])
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     for epoch in range(len(state["history"]) + 1, args.epochs + 1):
-        torch.manual_seed(10_000 * args.seed + epoch)  # set anew, so that --resume draws the same
+        torch.manual_seed(10_000 * args.seed + epoch)  # so --resume has the same order and flips
         order = torch.randperm(len(train_set)).tensor_split(steps)  # equal parts, no small last one
-        batches = [batch.tensor_split(world)[rank].tolist() for batch in order]
-        batches = DataLoader(train_set, batch_sampler=batches, pin_memory=device.type == "cuda")
+        share = [batch.tensor_split(world)[rank].tolist() for batch in order]  # of this worker
+        batches = DataLoader(train_set, batch_sampler=share, pin_memory=device.type == "cuda")
         title = f"epoch {epoch:2}/{args.epochs}"
         loss, speed = train_epoch(model, batches, args, optimizer, schedule, scaler, title)
         if rank > 0:
@@ -383,8 +385,9 @@ def predict(args):
         raise ValueError(f"{args.photo} cannot be read as a photo ({error})") from error
     x = pil_to_tensor(photo.resize((state["size"], state["size"]), Image.Resampling.BILINEAR))
     logits = segment(net.eval(), x.unsqueeze(0))
-    # Logits are resized, not labels: nothing lies between two labels, but between logits an edge.
-    mask = F.interpolate(logits, size=photo.size[::-1], mode="bilinear").argmax(dim=1)
+    # Logits are resized, not labels: where two logits cross is a smooth edge, labels make blocks.
+    height_width = photo.size[::-1]
+    mask = F.interpolate(logits, size=height_width, mode="bilinear").argmax(dim=1)
     Image.blend(photo, to_pil_image(colour(mask)[0]), 0.5).save(args.out)
     print(f"wrote {args.out}")
 
@@ -399,7 +402,7 @@ def shapes(args):
 
 # ------------------------------------------- command line -----------------------------------------
 def checked(convert, rule, allowed=lambda value: True):
-    """An argparse type: the text converted, or refused with the rule that it breaks."""
+    """For add_argument: a type that converts the text or tells the rule that it breaks."""
     def parse(text):
         with suppress(Exception):
             if allowed(value := convert(text)):
@@ -425,7 +428,7 @@ OPTIONS = (  # name, the commands that have it, default, rule, help
     ("photo", "predict", None, {"type": Path}, "any image file"),
     ("--data", "train test show", "data", {}, "dataset folder, fetched if missing; toy: drawings"),
     ("--epochs", "train", 5, number(int, 1, 9999), "passes over the training photos"),
-    ("--batch-size", "train", 8, number(int, 1, 1024), "photos in one step"),
+    ("--batch-size", "train", 8, number(int, 1, 1024), "photos in one step of all workers"),
     ("--size", "train shapes", 128, number(int, 32, 2048, 16), "photos are resized to size x size"),
     ("--base", "train shapes", 64, number(int, 1, 256), "channels of the first level"),
     ("--lr", "train", 4e-3, number(float, 1e-6, 1), "highest learning rate of the one cycle"),
