@@ -343,7 +343,7 @@ def test_evaluate_scores_the_whole_dataset_at_once_in_eval_mode():
     """One confusion matrix over all photos, and an answer that depends neither on the batches nor on
     the mode in which the network came."""
     torch.manual_seed(0)
-    data = unet.PetDataset("toy", "test", 32, count=20)  # one full batch of 16 and one of 4
+    data = unet.PetDataset("toy", "test", 32, count=18)  # full batches of 4 and one of 2
     net = unet.UNet(base=2)
     for _ in range(5):
         net(torch.rand(4, 3, 32, 32))  # gives BatchNorm averages of its own
@@ -636,15 +636,24 @@ def test_automatic_device_is_the_accelerator_if_one_works(monkeypatch):
 
 
 def test_automatic_precision_follows_the_hardware(monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for features, expected in (({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16),
-                               ({"avx512_bf16": False}, torch.float32), ({}, torch.float32)):
+    for features, expected in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"),
+                               ({"avx512_bf16": False}, "fp32"), ({}, "fp32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
-        assert unet.pick_precision("auto", cpu) == expected
-    for new_card, expected in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: new_card)
-        assert unet.pick_precision("auto", cuda) == expected
-    assert unet.pick_precision("auto", torch.device("mps")) == torch.float32
+        assert unet.pick_precision(torch.device("cpu")) == expected
+    for card, expected in (((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16")):  # H100, A100, T4
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
+        assert unet.pick_precision(torch.device("cuda")) == expected
+    assert unet.pick_precision(torch.device("mps")) == "fp32"
+
+
+def test_automatic_precision_is_what_segment_and_train_take(pets, monkeypatch):
+    monkeypatch.setattr(unet, "pick_precision", lambda device: "bf16")
+    net, seen = unet.UNet(base=2), []
+    net.enc2.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    unet.segment(net, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert seen == [torch.bfloat16]
+    unet.main(["train", "--epochs", "1", *TINY, "--precision", "auto"])
+    assert torch.load("unet.pt")["options"]["precision"] == "bf16"
 
 
 # ------------------------------------------- using it ---------------------------------------------
@@ -693,15 +702,17 @@ def test_two_workers_share_each_epoch(tmp_path):
 
 def test_progress_is_for_terminals_only(pets, monkeypatch, capsys):
     clock = itertools.count(step=1.0)
-    monkeypatch.setattr(unet.time, "time", lambda: next(clock))
+    monkeypatch.setattr(unet.time, "perf_counter", lambda: next(clock))
     unet.main(["train", "--epochs", "1", *TINY])
     plain = capsys.readouterr().out
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     unet.main(["train", "--epochs", "1", *TINY])
     updating = capsys.readouterr().out
     assert "\r" not in plain and "step" not in plain
-    assert re.search(r"\repoch  1/1  step 1/2  loss \d\.\d+  [\d.]+ images/s  \d+ s left", updating)
-    assert max(len(part) for part in re.split(r"[\r\n]", updating)) <= 80
+    *steps, last, kept, end = re.split(r"[\r\n]", updating)  # steps return to the start of their line
+    assert len(steps) == 2 and last.startswith("epoch  1/1  loss") and kept.endswith(".bak")
+    assert re.search(r"^epoch  1/1  step 1/2  loss \d\.\d+  [\d.]+ images/s  \d+ s left", steps[0])
+    assert max(map(len, steps)) <= len(last) <= 80  # so that the last covers them
 
 
 BAD_OPTIONS = [
@@ -769,14 +780,14 @@ def test_bad_checkpoints_are_named_by_every_command(pets, trained, capsys, kind)
 
 def gradient(mode, size=(64, 48)):
     image = Image.linear_gradient("L").resize(size)
-    if mode == "I;16":  # the same picture with 16 bits: each value times 257
-        image = Image.frombytes("I;16", size, b"".join((257 * v).to_bytes(2, "little") for v in image.tobytes()))
-        return image
+    if mode.startswith("I;16"):  # the same picture with 16 bits: each value times 257
+        order = "big" if mode.endswith("B") else "little"
+        return Image.frombytes(mode, size, b"".join((257 * v).to_bytes(2, order) for v in image.tobytes()))
     return image.convert("RGB").convert(mode)
 
 
 @pytest.mark.parametrize("mode, suffix", [("RGB", ".png"), ("L", ".png"), ("1", ".png"), ("P", ".png"), ("RGBA", ".png"),
-                                          ("LA", ".png"), ("CMYK", ".jpg"), ("I;16", ".png"), ("I;16", ".tif"),
+                                          ("LA", ".png"), ("CMYK", ".jpg"), ("I;16", ".png"), ("I;16", ".tif"), ("I;16B", ".tif"),
                                           ("RGB", ".webp"), ("RGB", ".bmp"), ("P", ".gif"), ("RGB", ".tif")])
 def test_predict_reads_every_kind_of_photo(tmp_path, trained, mode, suffix):
     photo, out = tmp_path / f"photo{suffix}", tmp_path / "out.png"
@@ -784,7 +795,7 @@ def test_predict_reads_every_kind_of_photo(tmp_path, trained, mode, suffix):
     unet.main(["predict", str(photo), "--checkpoint", str(trained), "--out", str(out)])
     result = Image.open(out)
     assert result.size == (64, 48) and result.mode == "RGB"
-    if mode == "I;16":  # as its 8-bit twin, and not clipped to white
+    if mode.startswith("I;16"):  # as its 8-bit twin, and not clipped to white
         gradient("L").save(tmp_path / "twin.png")
         unet.main(["predict", str(tmp_path / "twin.png"), "--checkpoint", str(trained), "--out", str(tmp_path / "twin_out.png")])
         assert result.tobytes() == Image.open(tmp_path / "twin_out.png").tobytes()

@@ -9,7 +9,8 @@
 
 Going down, each level halves height and width and doubles the channels: the network learns what is
 in the photo and loses where. Going up undoes that, and the skips bring back the where. The paper:
-Ronneberger, Fischer, Brox 2015, arxiv.org/abs/1505.04597. Two departures: padding and BatchNorm.
+Ronneberger, Fischer, Brox 2015, arxiv.org/abs/1505.04597. Two departures, padding and BatchNorm,
+are named where they happen; the dropout of the paper is off unless --dropout asks for it.
 
 `python unet.py train --epochs 5` fetches the Oxford-IIIT Pet photos, trains and writes unet.pt;
 then `test` scores it, `show` draws predictions and curves, `predict PHOTO` segments a photo of your
@@ -50,10 +51,11 @@ def open_pairs(root, split):
     folder = Path(root, "oxford-iiit-pet")
     try:
         pairs = OxfordIIITPet(root, split, target_types="segmentation", download=True)
-        return pairs, [row.split()[0] for row in open(folder / "annotations" / f"{split}.txt")]
+        rows = Path(folder, "annotations", f"{split}.txt").read_text().splitlines()
+        return pairs, [row.split()[0] for row in rows]
     except (OSError, RuntimeError, ValueError) as error:
-        raise OSError(f"--data {root}: no usable {split}.txt ({error}). If the download fails, put "
-                      f"images.tar.gz and annotations.tar.gz into {folder}, or try --data toy")
+        raise OSError(f"--data {root}: {split}.txt missing or broken ({error}). If downloads fail, "
+                      f"put images.tar.gz and annotations.tar.gz into {folder}, or use --data toy")
 
 def load_pair(pairs, names, i, size):
     """Pair i as uint8 tensors: a photo (3, size, size) and its mask (size, size)."""
@@ -139,14 +141,14 @@ class UNet(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
-    def join(self, up, skip):
+    def join(self, up, enc):
         """The skip connection: decoder features meet encoder features of the same shape."""
         if self.skip == "concat":
-            return torch.cat((up, skip), dim=1)  # 1: channels; 0 is the batch, 2 and 3 the pixels
-        return up + skip if self.skip == "add" else up
+            return torch.cat((up, enc), dim=1)  # 1: channels; 0 is the batch, 2 and 3 the pixels
+        return up + enc if self.skip == "add" else up
 
     def forward(self, x):
-        if x.shape[-2] % 16 or x.shape[-1] % 16:  # pooling would round down and no skip would fit
+        if x.shape[-2] % 16 or x.shape[-1] % 16:  # pooling would round down and a skip not fit
             raise ValueError(f"input is {x.shape[-2]}x{x.shape[-1]}; both must be multiples of 16")
         # Shapes for base 64, size 128:  x    (N,    3, 128, 128)
         e1 = self.enc1(x)                   # (N,   64, 128, 128)
@@ -179,10 +181,10 @@ def soft_dice(logits, target):
     t = one_hot(target, logits.shape[1])
     return (2 * (p * t).sum((0, 2, 3)) + 1) / ((p + t).sum((0, 2, 3)) + 1)  # + 1 pixel: never 0 / 0
 
-LOSSES = {  # (logits (N, C, H, W), target (N, H, W) of classes 0 to C - 1) -> scalar
+LOSSES = {  # (logits (N, C, H, W), target (N, H, W) of classes 0 to C - 1, or 0 and 1) -> scalar
     "ce": F.cross_entropy,  # the mean over pixels: large classes, such as background, weigh most
     "weighted-ce": lambda z, t: F.cross_entropy(  # a class weighs 1 / its pixels: all weigh alike
-        z, t, weight=1 / t.flatten().bincount(minlength=z.shape[1]).clamp(min=1)),
+        z, t, weight=1 / one_hot(t, z.shape[1]).sum((0, 2, 3)).clamp(min=1)),
     "bce": lambda z, t: F.binary_cross_entropy_with_logits(z, one_hot(t, z.shape[1])),
     "dice": lambda z, t: 1 - soft_dice(z, t).mean(),  # the mean over classes: all weigh the same
     "iou": lambda z, t: 1 - (soft_dice(z, t) / (2 - soft_dice(z, t))).mean(),  # IoU = D / (2 - D)
@@ -197,22 +199,21 @@ def scores(confusion):
     return {"mIoU": iou.nanmean().item(), "Dice": dice.nanmean().item(),
             "accuracy": (hits.sum() / confusion.sum()).item(), "IoU": iou.tolist()}
 
-def pick_precision(name, device):
-    """The dtype of convolutions; "auto" takes 16 bits only where the hardware is faster at them."""
-    if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif name == "auto":
-        cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        name = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+def pick_precision(device):
+    """The arithmetic of convolutions: 16 bits, bf16 rather than fp16, where they are faster."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
 
 def segment(net, photos, precision="auto"):
     """uint8 photos (N, 3, H, W) to float32 logits (N, C, H, W), on the device of the network."""
     device = next(net.parameters()).device
-    dtype = pick_precision(precision, device)
     photos = photos.to(device, non_blocking=True)  # as bytes, a quarter of the traffic of floats
     x = photos.to(memory_format=torch.channels_last).float() / 255  # the layout of fast kernels
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    precision = pick_precision(device) if precision == "auto" else precision
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
         return net(x).float()
 
 @torch.no_grad()
@@ -220,42 +221,44 @@ def evaluate(net, dataset, loss, precision="auto"):
     """The mean loss over a dataset, and the scores of one confusion matrix of all its pixels."""
     net.eval()  # BatchNorm takes its running averages, not the batch's; dropout is off
     total, confusion, n = 0.0, 0, len(CLASSES)
-    for photos, masks in DataLoader(dataset, batch_size=16):
+    for photos, masks in DataLoader(dataset, batch_size=4):  # fits into memory where training did
         logits = segment(net, photos, precision)
         target = masks.to(logits.device).long()
         total += LOSSES[loss](logits, target).item() * len(photos)
-        cells = n * target + logits.argmax(dim=1)  # (true, predicted) as one number
-        confusion += cells.flatten().bincount(minlength=n * n).view(n, n).cpu()
+        pairs = n * target + logits.argmax(dim=1)  # (true, predicted) as one number
+        confusion += pairs.flatten().bincount(minlength=n * n).view(n, n).cpu()
     return {"val loss": total / len(dataset), **scores(confusion)}
 
 # ------------------------------------------- training ---------------------------------------------
 def load_checkpoint(path, device):
     """What `train` saved, a dict, and its network. Raises ValueError, naming the file."""
+    keys = "model", "config", "size", "options", "history", "optimizer", "schedule", "scaler"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
-        net = UNet(**state["config"]).to(device, memory_format=torch.channels_last)
+        state = {key: state[key] for key in keys}
+        net = UNet(**state["config"])
         net.load_state_dict(state["model"])
-        if state["config"]["out_classes"] != len(CLASSES) or not state.keys() >= {
-                "size", "options", "history", "optimizer", "schedule", "scaler"}:
-            raise ValueError
-        return state, net
-    except Exception as error:  # a missing, truncated, foreign or hostile file
-        raise ValueError(f"{path} is no checkpoint of unet.py train ({type(error).__name__})")
+    except Exception as error:  # the file is missing, truncated or of another program
+        raise ValueError(f"{path} is no checkpoint of unet.py ({type(error).__name__})") from error
+    if net.final.out_channels != len(CLASSES):
+        raise ValueError(f"{path} has {net.final.out_channels} classes, not {len(CLASSES)}")
+    return state, net.to(device, memory_format=torch.channels_last)
 
 def save_checkpoint(state, path):
     """Write state beside path, then move it there: a crash never leaves half a checkpoint."""
     try:
         torch.save(state, temporary := Path(f"{path}.tmp"))
     except RuntimeError as error:  # PyTorch's way to report a full disk
-        raise OSError(f"{temporary} could not be written ({error}); is the disk full?")
+        raise OSError(f"{temporary} could not be written ({error}); is the disk full?") from error
     if len(state["history"]) == 1 and path.exists():  # training has begun anew
-        print(f"the old {path} is kept as {path.replace(f'{path}.bak')}")
+        path.replace(f"{path}.bak")
+        print(f"the old {path} is kept as {path}.bak")
     temporary.replace(path)
 
 def train_epoch(model, batches, args, optimizer, schedule, scaler, title):
     """One pass over the training photos: the mean loss, and images a second."""
     model.train()
-    total, seen, start, every = 0.0, 0, time.time(), max(1, len(batches) // 100)
+    total, seen, start = 0.0, 0, time.perf_counter()
     for step, (photos, masks) in enumerate(batches, start=1):
         logits = segment(model, photos, args.precision)
         loss = LOSSES[args.loss](logits, masks.to(logits.device, non_blocking=True).long())
@@ -264,12 +267,13 @@ def train_epoch(model, batches, args, optimizer, schedule, scaler, title):
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
-        total, seen, spent = total + loss.detach(), seen + len(photos), time.time() - start
-        if sys.stdout.isatty() and step % every == 0:
+        total, seen = total + loss.detach(), seen + len(photos)
+        spent = time.perf_counter() - start
+        if sys.stdout.isatty() and step % (1 + len(batches) // 100) == 0:
             left = spent / step * (len(batches) - step)
-            print(f"\r{title}  step {step}/{len(batches)}  loss {total.item() / step:.3f}  "
-                  f"{seen / spent:.1f} images/s  {left:.0f} s left ", end="", flush=True)
-    return total.item() / step, seen / (time.time() - start)
+            print(f"{title}  step {step}/{len(batches)}  loss {total.item() / step:.3f}  "
+                  f"{seen / spent:.1f} images/s  {left:.0f} s left ", end="\r", flush=True)
+    return total.item() / step, seen / (time.perf_counter() - start)
 
 def join_workers(args):
     """Under torchrun, the number of this process and how many there are; without it, 0 and 1."""
@@ -278,6 +282,8 @@ def join_workers(args):
     if args.device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    if torch.distributed.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # the first worker alone prints
     if os.environ["LOCAL_RANK"] == "0":
         open_pairs(args.data, "trainval")  # one worker a machine downloads, the others wait
     torch.distributed.barrier()
@@ -285,51 +291,51 @@ def join_workers(args):
 
 def train(args):
     """train a network, with a checkpoint after every epoch"""
-    device, path, (rank, world) = args.device, args.checkpoint, join_workers(args)
-    options = {name: value for name, value in vars(args).items()
+    rank, world = join_workers(args)
+    args.precision = pick_precision(args.device) if args.precision == "auto" else args.precision
+    options = {name: value for name, value in vars(args).items()  # what --resume must find again
                if name not in ("run", "device", "checkpoint", "resume")}
     config = dict(in_channels=3, out_classes=len(CLASSES), base=args.base, skip=args.skip,
                   norm=args.norm == "batch", dropout=args.dropout)
     state = {"config": config, "options": options, "size": args.size, "history": []}
     torch.manual_seed(args.seed)
-    net = UNet(**config).to(device, memory_format=torch.channels_last)
+    net = UNet(**config).to(args.device, memory_format=torch.channels_last)
     if args.resume:
-        state, net = load_checkpoint(path, device)
+        state, net = load_checkpoint(args.checkpoint, args.device)
         other = {key: value for key, value in state["options"].items() if options.get(key) != value}
-        if other:  # --epochs counts too: the learning rate falls to 0 at the last of them
-            raise ValueError(f"--resume: {path} was trained with {other}; give the same")
+        if other:  # --epochs counts too: at the last of them the learning rate is almost 0
+            raise ValueError(f"--resume: {args.checkpoint} was trained with {other}; give the same")
         if len(state["history"]) == args.epochs:
-            raise ValueError(f"--resume: {path} has all {args.epochs} epochs, nothing is left")
+            raise ValueError(f"{args.checkpoint} has all {args.epochs} epochs, nothing is left")
     train_set, val_set = (PetDataset(args.data, part, args.size) for part in ("train", "val"))
-    steps = min(math.ceil(len(train_set) / args.batch_size), len(train_set) // world)
+    steps = min(math.ceil(len(train_set) / args.batch_size), len(train_set) // world)  # an epoch
     # In few epochs, AdamW learns faster if its averages forget sooner than with 0.9 and 0.999.
     optimizer = torch.optim.AdamW(net.parameters(), args.lr, betas=(0.5, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(  # step by step up to --lr, then down to 0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(  # up to --lr, then down to almost 0
         optimizer, args.lr, args.epochs * steps, anneal_strategy="linear", cycle_momentum=False)
-    fp16 = pick_precision(args.precision, device) == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
     parts = {"model": net, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    for name, part in (parts.items() if args.resume else ()):
-        part.load_state_dict(state[name])
-    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    if args.resume:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net  # averages gradients
     for epoch in range(len(state["history"]) + 1, args.epochs + 1):
         torch.manual_seed(10_000 * args.seed + epoch)  # so --resume has the same order and flips
         order = torch.randperm(len(train_set)).tensor_split(steps)  # equal parts, no small last one
         share = [batch.tensor_split(world)[rank].tolist() for batch in order]  # of this worker
-        batches = DataLoader(train_set, batch_sampler=share, pin_memory=device.type == "cuda")
+        batches = DataLoader(train_set, batch_sampler=share, pin_memory=args.device.type == "cuda")
         title = f"epoch {epoch:2}/{args.epochs}"
         loss, speed = train_epoch(model, batches, args, optimizer, schedule, scaler, title)
         if rank > 0:
-            continue  # the first worker alone validates, prints and saves
+            continue  # the first worker alone validates and saves
         val = evaluate(net, val_set, args.loss, args.precision)
         if not math.isfinite(loss + val["val loss"]):
             raise ValueError("the loss is not finite: try a lower --lr or --precision fp32")
-        line = (f"{title}  loss {loss:.3f}  val loss {val['val loss']:.3f}  mIoU {val['mIoU']:.3f}"
-                f"  Dice {val['Dice']:.3f}  {speed * world:.1f} images/s")
-        print(f"\r{line:<79}" if sys.stdout.isatty() else line, flush=True)
+        print(f"{title}  loss {loss:.3f}  val loss {val['val loss']:.3f}  mIoU {val['mIoU']:.3f}  "
+              f"Dice {val['Dice']:.3f}  {speed * world:.1f} images/s", flush=True)
         state["history"].append({"train loss": loss, **val})
         state.update({name: part.state_dict() for name, part in parts.items()})
-        save_checkpoint(state, path)
+        save_checkpoint(state, args.checkpoint)
 
 # ------------------------------------------- using it ---------------------------------------------
 def test(args):
@@ -358,7 +364,7 @@ def show(args):
     for row, (name, pictures) in zip(axes, rows.items()):
         row.imshow(make_grid(pictures, pad_value=255).movedim(0, -1))
         row.set(xticks=[], yticks=[], ylabel=name)
-    for name, rgb in CLASSES.items():
+    for name, rgb in CLASSES.items():  # empty plots, for the legend under the last row
         row.plot([], "s", color=[v / 255 for v in rgb], markeredgecolor="gray", label=name)
     row.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(CLASSES), frameon=False)
     for key in ("train loss", "val loss", "mIoU"):
@@ -379,7 +385,7 @@ def predict(args):
     try:
         photo = ImageOps.exif_transpose(Image.open(args.photo))  # upright, as the camera was held
         if photo.mode.startswith("I"):  # 16 bits a pixel, which convert alone would clip to white
-            photo = photo.point(lambda value: value / 256).convert("L")
+            photo = photo.convert("I").point(lambda value: value / 256).convert("L")
         photo = photo.convert("RGB")
     except Exception as error:
         raise ValueError(f"{args.photo} cannot be read as a photo ({error})") from error
@@ -393,11 +399,12 @@ def predict(args):
 
 def shapes(args):
     """print the shapes of one forward pass"""
-    net = UNet(base=args.base).to("meta").eval()  # meta tensors have shapes but no values
+    with torch.device("meta"):  # meta tensors have shapes but no values
+        net, x = UNet(base=args.base).eval(), torch.empty(1, 3, args.size, args.size)
     for name, module in net.named_children():
         module.register_forward_hook(lambda _, inputs, output, name=name: print(
             f"{name:<10}  {str(tuple(inputs[0].shape)):<20} -> {tuple(output.shape)}"))
-    net(torch.empty(1, 3, args.size, args.size, device="meta"))
+    net(x)
     print(f"{sum(p.numel() for p in net.parameters()):,} parameters")
 
 # ------------------------------------------- command line -----------------------------------------
@@ -411,7 +418,8 @@ def checked(convert, rule, allowed=lambda value: True):
     return {"type": parse}
 
 def number(kind, low, high, step=None):
-    rule = f"a number ({kind.__name__}) from {low} to {high}" + f" divisible by {step}" * bool(step)
+    divisible = f" divisible by {step}" if step else ""
+    rule = f"a number ({kind.__name__}) from {low} to {high}{divisible}"
     return checked(kind, rule, lambda x: low <= x <= high and not (step and x % step))
 
 def find_device(name):
@@ -423,7 +431,7 @@ def find_device(name):
 DEVICE = checked(find_device, "a device that works here")
 FILE = checked(Path, "a file in an existing folder", lambda p: p.parent.is_dir() and not p.is_dir())
 PICTURE = checked(Path, "a .png, .jpg or .webp file in an existing folder",
-                  lambda p: p.parent.is_dir() and p.suffix in (".png", ".jpg", ".webp"))
+                  lambda p: p.parent.is_dir() and p.suffix.lower() in (".png", ".jpg", ".webp"))
 OPTIONS = (  # name, the commands that have it, default, rule, help
     ("photo", "predict", None, {"type": Path}, "any image file"),
     ("--data", "train test show", "data", {}, "dataset folder, fetched if missing; toy: drawings"),
@@ -446,8 +454,8 @@ OPTIONS = (  # name, the commands that have it, default, rule, help
 )
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("unet.py", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "unet.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for run in (train, test, show, predict, shapes):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
@@ -460,9 +468,8 @@ def main(argv=None):
     try:
         args.run(args)
     except KeyboardInterrupt:
-        hint = "; the same command with --resume goes on after the last finished epoch"
-        sys.exit("\nstopped" + hint * (args.run is train))
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # bugs keep their traceback
+        sys.exit("\nstopped; train --resume goes on after the last finished epoch, if there is one")
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # others are bugs: a traceback
         sys.exit(f"unet.py: {' '.join(str(error).split())}")
 
 if __name__ == "__main__":
