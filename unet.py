@@ -356,22 +356,24 @@ def show(args):
     from matplotlib.figure import Figure
     from torchvision.utils import make_grid
     state, net = load_checkpoint(args.checkpoint, args.device)
-    photos, masks = map(torch.stack, zip(*PetDataset(args.data, "test", state["size"], count=6)))
+    test_set = PetDataset(args.data, "test", state["size"], count=6)
+    photos, masks = next(iter(DataLoader(test_set, batch_size=6)))
     predicted = segment(net.eval(), photos).argmax(dim=1)
     rows = {"input": photos, "ground truth": colour(masks), "prediction": colour(predicted)}
     figure = Figure(figsize=(9, 6.6), layout="constrained")
-    axes = figure.subplots(len(rows) + 1)
-    for row, (name, pictures) in zip(axes, rows.items()):
-        row.imshow(make_grid(pictures, pad_value=255).movedim(0, -1))
-        row.set(xticks=[], yticks=[], ylabel=name)
+    *axes, curves = figure.subplots(len(rows) + 1)
+    for axis, (name, pictures) in zip(axes, rows.items()):
+        axis.imshow(make_grid(pictures, pad_value=255).movedim(0, -1))
+        axis.set(xticks=[], yticks=[], ylabel=name)
     for name, rgb in CLASSES.items():  # empty plots, for the legend under the last row
-        row.plot([], "s", color=[v / 255 for v in rgb], markeredgecolor="gray", label=name)
-    row.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(CLASSES), frameon=False)
+        axes[-1].plot([], "s", color=[v / 255 for v in rgb], markeredgecolor="gray", label=name)
+    axes[-1].legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(CLASSES), frameon=False)
     for key in ("train loss", "val loss", "mIoU"):
         values = [epoch[key] for epoch in state["history"]]
-        axes[-1].plot(range(1, len(values) + 1), values, ".-", label=key)
-    axes[-1].set_xlabel("epoch")
-    axes[-1].legend()
+        curves.plot(range(1, len(values) + 1), values, ".-", label=key)
+    curves.set_xlabel("epoch")
+    curves.locator_params(axis="x", integer=True)
+    curves.legend()
     figure.savefig(args.out)
     print(f"wrote {args.out}")
 
