@@ -1,20 +1,22 @@
-"""U-Net for image segmentation in one file: which pixels are pet, which background, which border?
+"""U-Net for image segmentation in one file: is a pixel pet, background or border?
 
-    photo   (3, 128, 128)                                  logits   (3, 128, 128)
-    enc1   (64, 128, 128) ------------- skip ------------> dec1   (64, 128, 128)
-       enc2  (128, 64, 64) ------------ skip ---------> dec2  (128, 64, 64)
-          enc3  (256, 32, 32) --------- skip ------> dec3  (256, 32, 32)
-             enc4  (512, 16, 16) ------ skip ---> dec4  (512, 16, 16)
-                          bottleneck  (1024, 8, 8)
+    photo   (3, 128, 128)                                 logits   (3, 128, 128)
+    enc1   (64, 128, 128) ------------ skip ------------> dec1   (64, 128, 128)
+       enc2  (128, 64, 64) ----------- skip ---------> dec2  (128, 64, 64)
+          enc3  (256, 32, 32) -------- skip ------> dec3  (256, 32, 32)
+             enc4  (512, 16, 16) ----- skip ---> dec4  (512, 16, 16)
+                         bottleneck  (1024, 8, 8)
 
-Going down, each level halves height and width and doubles the channels: the network learns what is
-in the photo and loses where. Going up undoes that, and the skips bring back the where. The paper:
-Ronneberger, Fischer, Brox 2015, arxiv.org/abs/1505.04597. Two departures, padding and BatchNorm,
-are named where they happen; the dropout of the paper is off unless --dropout asks for it.
+Going down, each level halves height and width and doubles the channels: the
+network learns what is in the photo and loses where. Going up undoes that, and
+the skips bring back the where. The paper: Ronneberger, Fischer, Brox 2015,
+arxiv.org/abs/1505.04597. Two departures, padding and BatchNorm, are named where
+they happen; its dropout is off unless --dropout asks for it.
 
-`python unet.py train --epochs 5` fetches the Oxford-IIIT Pet photos, trains and writes unet.pt;
-then `test` scores it, `show` draws predictions and curves, `predict PHOTO` segments a photo of your
-own. With `--data toy` they work on drawings, without a download. `shapes` prints the shapes above.
+`python unet.py train --epochs 5` fetches the Oxford-IIIT Pet photos, trains and
+writes unet.pt; then `test` scores it, `show` draws predictions and curves,
+`predict PHOTO` segments a photo of your own, `shapes` prints the shapes above.
+With `--data toy` they work on drawings, without a download.
 """
 import argparse, math, os, random, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -124,7 +126,7 @@ class UNet(nn.Module):
         self.skip = skip
         c1, c2, c3, c4, c5 = (base * 2**level for level in range(5))  # 64, 128, 256, 512, 1024
         k = 2 if skip == "concat" else 1  # dec4 gets 1024 channels: 512 from up4, 512 from enc4
-        self.pool = nn.MaxPool2d(2)  # halves H and W; up4 to up1 learn to double them again
+        self.pool = nn.MaxPool2d(2)  # halves H and W; up4 to up1 make 2x2 pixels of each again
         self.enc1 = conv_block(in_channels, c1, norm)
         self.enc2 = conv_block(c1, c2, norm)
         self.enc3 = conv_block(c2, c3, norm)
@@ -136,7 +138,7 @@ class UNet(nn.Module):
         self.up1, self.dec1 = nn.ConvTranspose2d(c2, c1, 2, stride=2), conv_block(k * c1, c1, norm)
         self.final = nn.Conv2d(c1, out_classes, kernel_size=1)  # a pixel's 64 features to 3 logits
         # He initialisation (section 3): a ReLU zeroes half of its inputs, so weights get a variance
-        # of 2 / inputs (1 / inputs in up4 to up1, without a ReLU), or 18 ReLUs fade the signal.
+        # of 2 / inputs, or 18 ReLUs fade it (PyTorch counts those of up4 to up1 twice: 1 / inputs).
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -172,11 +174,12 @@ class UNet(nn.Module):
 
 # ------------------------------------------- losses and scores ------------------------------------
 def one_hot(target, classes):
-    """(N, H, W) to (N, classes, H, W) of 0.0 and 1.0; with one class, the target is that mask."""
+    """Class numbers (N, H, W) to masks (N, classes, H, W) of 0.0 and 1.0; one class is a mask."""
     return (F.one_hot(target, classes).movedim(-1, 1) if classes > 1 else target[:, None]).float()
 
 def soft_dice(logits, target):
-    """Dice of each class, 2 |A and B| / (|A| + |B|), with probabilities as areas: (C,), 0 to 1."""
+    """Dice of each class, 2 |P and T| / (|P| + |T|) of predicted and true pixels: (C,), 0 to 1.
+    Soft: a pixel counts with its probability, which has a gradient."""
     p = logits.softmax(dim=1) if logits.shape[1] > 1 else logits.sigmoid()
     t = one_hot(target, logits.shape[1])
     return (2 * (p * t).sum((0, 2, 3)) + 1) / ((p + t).sum((0, 2, 3)) + 1)  # + 1 pixel: never 0 / 0
@@ -193,14 +196,14 @@ LOSSES = {  # (logits (N, C, H, W), target (N, H, W) of classes 0 to C - 1, or 0
 
 def scores(confusion):
     """Scores of a confusion matrix (C, C), pixels of true class (row) and predicted class (column).
-    IoU: intersection / union. A class in neither is nan and stays out of the means."""
-    hits, areas = confusion.diag(), confusion.sum(dim=0) + confusion.sum(dim=1)
+    IoU: intersection / union. A class neither true nor predicted is nan, left out of the means."""
+    hits, areas = confusion.diag(), confusion.sum(dim=0) + confusion.sum(dim=1)  # predicted + true
     iou, dice = hits / (areas - hits), 2 * hits / areas
     return {"mIoU": iou.nanmean().item(), "Dice": dice.nanmean().item(),
             "accuracy": (hits.sum() / confusion.sum()).item(), "IoU": iou.tolist()}
 
 def pick_precision(device):
-    """The arithmetic of convolutions: 16 bits, bf16 rather than fp16, where they are faster."""
+    """The arithmetic: 16 bits where faster; bf16 first, since fp16 overflows beyond 65504."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
@@ -213,7 +216,7 @@ def segment(net, photos, precision="auto"):
     x = photos.to(memory_format=torch.channels_last).float() / 255  # the layout of fast kernels
     precision = pick_precision(device) if precision == "auto" else precision
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
+    with torch.autocast(device.type, dtype, enabled=precision != "fp32"):  # weights stay float32
         return net(x).float()
 
 @torch.no_grad()
@@ -264,7 +267,7 @@ def train_epoch(model, batches, args, optimizer, schedule, scaler, title):
         loss = LOSSES[args.loss](logits, masks.to(logits.device, non_blocking=True).long())
         optimizer.zero_grad()
         scaler.scale(loss).backward()  # scaled only in fp16, where small gradients would become 0
-        scaler.step(optimizer)
+        scaler.step(optimizer)  # unscales first; no step if a gradient is inf or nan
         scaler.update()
         schedule.step()
         total, seen = total + loss.detach(), seen + len(photos)
@@ -280,7 +283,7 @@ def join_workers(args):
     if not torch.distributed.is_torchelastic_launched():
         return 0, 1
     if args.device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # its number on this machine
     torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
     if torch.distributed.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # the first worker alone prints
@@ -309,7 +312,7 @@ def train(args):
             raise ValueError(f"{args.checkpoint} has all {args.epochs} epochs, nothing is left")
     train_set, val_set = (PetDataset(args.data, part, args.size) for part in ("train", "val"))
     steps = min(math.ceil(len(train_set) / args.batch_size), len(train_set) // world)  # an epoch
-    # In few epochs, AdamW learns faster if its averages forget sooner than with 0.9 and 0.999.
+    # AdamW averages gradients; in few epochs, forgetting sooner than (0.9, 0.999) learns faster.
     optimizer = torch.optim.AdamW(net.parameters(), args.lr, betas=(0.5, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # up to --lr, then down to almost 0
         optimizer, args.lr, args.epochs * steps, anneal_strategy="linear", cycle_momentum=False)
@@ -393,7 +396,7 @@ def predict(args):
         raise ValueError(f"{args.photo} cannot be read as a photo ({error})") from error
     x = pil_to_tensor(photo.resize((state["size"], state["size"]), Image.Resampling.BILINEAR))
     logits = segment(net.eval(), x.unsqueeze(0))
-    # Logits are resized, not labels: where two logits cross is a smooth edge, labels make blocks.
+    # Logits are resized, not labels: logits change smoothly, so edges do; labels make blocks.
     height_width = photo.size[::-1]
     mask = F.interpolate(logits, size=height_width, mode="bilinear").argmax(dim=1)
     Image.blend(photo, to_pil_image(colour(mask)[0]), 0.5).save(args.out)
