@@ -138,7 +138,7 @@ class UNet(nn.Module):
         self.up1, self.dec1 = nn.ConvTranspose2d(c2, c1, 2, stride=2), conv_block(k * c1, c1, norm)
         self.final = nn.Conv2d(c1, out_classes, kernel_size=1)  # a pixel's 64 features to 3 logits
         # He initialisation (section 3): a ReLU zeroes half of its inputs, so weights get a variance
-        # of 2 / inputs, or 18 ReLUs fade it (PyTorch counts those of up4 to up1 twice: 1 / inputs).
+        # of 2 / inputs, or 18 ReLUs fade the signal (PyTorch counts inputs of up4 to up1 twice).
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
