@@ -1,6 +1,6 @@
 """Tests of unet.py, in the order of its page: data, model, losses and scores, training, using it.
 
-No download, no GPU, no files but those the tests make: `python -m pytest` takes about two minutes.
+No download, no GPU, no files but those the tests make: `python -m pytest` takes a minute or two.
 The exercises of the U-Net tutorials stand here too, as tests named test_exercise_...
 """
 import ast

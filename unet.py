@@ -66,7 +66,8 @@ def load_pair(pairs, names, i, size):
         photo, trimap = pairs[i]
         low, high = trimap.getextrema()
         if photo.size != trimap.size or low < 1 or high > len(CLASSES):
-            raise ValueError(f"sizes {photo.size}, {trimap.size} and labels {low} to {high}")
+            raise ValueError(f"sizes {photo.size} and {trimap.size} must be equal, labels {low} to "
+                             f"{high} within 1 to {len(CLASSES)}")
     except Exception as error:  # on a broken file, Pillow raises even SyntaxError
         raise ValueError(f"{names[i]}.jpg or its trimap .png is not usable: {error}") from error
     photo = photo.resize((size, size), Image.Resampling.BILINEAR)
@@ -184,13 +185,13 @@ def soft_dice(logits, target):
     t = one_hot(target, logits.shape[1])
     return (2 * (p * t).sum((0, 2, 3)) + 1) / ((p + t).sum((0, 2, 3)) + 1)  # + 1 pixel: never 0 / 0
 
-LOSSES = {  # (logits (N, C, H, W), target (N, H, W) of classes 0 to C - 1, or 0 and 1) -> scalar
+LOSSES = {  # (logits (N, C, H, W), target (N, H, W) of 0 to C - 1, 0 or 1 if C is 1) -> scalar
     "ce": F.cross_entropy,  # the mean over pixels: large classes, such as background, weigh most
     "weighted-ce": lambda z, t: F.cross_entropy(  # a class weighs 1 / its pixels: all weigh alike
         z, t, weight=1 / one_hot(t, z.shape[1]).sum((0, 2, 3)).clamp(min=1)),
     "bce": lambda z, t: F.binary_cross_entropy_with_logits(z, one_hot(t, z.shape[1])),
     "dice": lambda z, t: 1 - soft_dice(z, t).mean(),  # the mean over classes: all weigh the same
-    "iou": lambda z, t: 1 - (soft_dice(z, t) / (2 - soft_dice(z, t))).mean(),  # IoU = D / (2 - D)
+    "iou": lambda z, t: 1 - ((d := soft_dice(z, t)) / (2 - d)).mean(),  # IoU = Dice / (2 - Dice)
     "ce+dice": lambda z, t: F.cross_entropy(z, t) + 1 - soft_dice(z, t).mean(),
 }
 
