@@ -313,7 +313,7 @@ def test_train_is_the_textbook_loop(loss, lr, base, size, epochs, batch, seed, s
     torch.manual_seed(seed)
     net, loss_fn, saved = unet.UNet(3, 3, base, skips), unet.LOSSES[loss], torch.load("unet.pt")
     optimizer = torch.optim.AdamW(net.to(memory_format=unet.LAYOUT).parameters(), betas=(0.5, 0.99))
-    rates = iter(torch.cat((torch.linspace(lr / 25, lr, 3), torch.linspace(lr, lr / 25e4, 8)[1:])).tolist())
+    rates = iter([lr / 25, lr * 13 / 25, lr] + [lr + (lr / 25e4 - lr) * k / 7 for k in range(1, 8)])
     for row in saved["history"]:
         losses = []
         for photos, masks in DataLoader(train_set, batch, shuffle=True):
