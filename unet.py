@@ -179,7 +179,7 @@ def evaluate(net, dataset, loss_fn):
     net.eval()  # BatchNorm uses means and variances kept from training
     n = len(CLASSES)
     total_loss = confusion = 0
-    for photos, masks in DataLoader(dataset, batch_size=8):
+    for photos, masks in DataLoader(dataset, batch_size=8):  # train's default
         logits = compute_logits(net, photos)
         target = masks.to(DEVICE).long()
         total_loss += loss_fn(logits, target).item() * len(photos)
@@ -248,7 +248,7 @@ def test(args):
     print(f"loss {loss:.3f}", *(f" {name} {value:.3f}" for name, value in scores.items()))
 
 def show(args):
-    """draw test photos, truth, predictions, and the curves of the training"""
+    """draw test photos, truth, predictions, and training curves"""
     saved, net = load_checkpoint(args.checkpoint)
     pairs = open_pairs(args.data, "test")
     some = [pairs[i] for i in range(0, len(pairs), len(pairs) // 6 + 1)]  # at most 6
@@ -261,18 +261,18 @@ def show(args):
     for ax, (name, pictures) in zip(axes, rows.items()):
         ax.imshow(utils.make_grid(pictures).movedim(0, -1).numpy())
         ax.set(xticks=[], yticks=[], ylabel=name)
-    for name, colour in zip(CLASSES, COLOURS.numpy() / 255):  # empty plots, for the legend
+    for name, colour in zip(CLASSES, COLOURS.numpy() / 255):  # legend entries
         curves.plot([], "s", color=colour, markeredgecolor="gray", label=name)
     epochs = range(1, len(saved["history"]) + 1)
     for key in ("train loss", "val loss", "mIoU"):
         curves.plot(epochs, [row[key] for row in saved["history"]], ".-", label=key)
-    curves.set(xlabel="epoch", xticks=epochs[::1 + len(epochs) // 20])
+    curves.set(xlabel="epoch", xticks=epochs[::1 + len(epochs) // 20])  # at most 20
     figure.legend(loc="outside lower center", ncols=6)
     figure.savefig(f"{args.checkpoint.stem}.png")
     print(f"wrote {args.checkpoint.stem}.png")
 
 def predict(args):
-    """segment any photo: the mask drawn over it, at the photo's own size"""
+    """segment any photo: the mask drawn over it, at its own size"""
     saved, net = load_checkpoint(args.checkpoint)
     photo = ImageOps.exif_transpose(Image.open(args.photo)).convert("RGB")  # upright
     small = photo.resize((saved["size"], saved["size"]), Image.BILINEAR)
