@@ -103,7 +103,7 @@ class UNet(nn.Module):
         self.dec2 = conv_block(c2 + c2, c2)
         self.up1 = nn.ConvTranspose2d(c2, c1, 2, stride=2)
         self.dec1 = conv_block(c1 + c1, c1)
-        self.final = nn.Conv2d(c1, out_classes, 1)  # 1x1: the same classifier everywhere
+        self.final = nn.Conv2d(c1, out_classes, 1)  # sees no neighbours: one classifier everywhere
 
         # He initialisation (the paper, section 3) keeps signals from fading and exploding:
         # variance 2 / inputs (1 / inputs in up4 to up1). PyTorch's default scores 0.03 lower.
