@@ -103,7 +103,7 @@ class UNet(nn.Module):
         self.dec2 = conv_block(c2 + c2, c2)
         self.up1 = nn.ConvTranspose2d(c2, c1, 2, stride=2)
         self.dec1 = conv_block(c1 + c1, c1)
-        self.final = nn.Conv2d(c1, out_classes, 1)  # sees no neighbours: one classifier everywhere
+        self.final = nn.Conv2d(c1, out_classes, 1)  # sees no neighbours: one classifier
 
         # He initialisation (the paper, section 3) keeps signals from fading and exploding:
         # variance 2 / inputs (1 / inputs in up4 to up1). PyTorch's default scores 0.03 lower.
@@ -123,7 +123,7 @@ class UNet(nn.Module):
         d4 = self.dec4(d4)                  # (N,  512,  16,  16)
 
         d3 = self.up3(d4)                   # (N,  256,  32,  32)
-        d3 = torch.cat((d3, e3), dim=1)     # (N,  512,  32,  32)  not a sum: dec3 may mix
+        d3 = torch.cat((d3, e3), dim=1)     # (N,  512,  32,  32)  not added: dec3 learns to mix
         d3 = self.dec3(d3)                  # (N,  256,  32,  32)
 
         d2 = self.up2(d3)                   # (N,  128,  64,  64)
@@ -228,7 +228,7 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
     lr: highest learning rate
     loss: ce for cross-entropy, or dice
     seed: of the first weights, the order of the photos and the mirroring"""
-    if size % 16 or size < 32:  # 16: one pixel at the bottleneck
+    if size % 16 or size < 32:  # at 16, BatchNorm is left one pixel a photo
         raise ValueError(f"size must be a multiple of 16 and at least 32, not {size}")
 
     # The list runs breed by breed: without a shuffle, validation would meet other breeds

@@ -25,10 +25,11 @@ for part, options in ((experiments, f"--data {data} --base 16 --epochs 10"), (mi
                 source = source.replace(old, new)
             page = {"__name__": "page"}
             exec(compile(source, "unet.py", "exec"), page)
-            words = options + f" --seed {seed} " + " ".join(re.findall(r"`(--[^`]+)`", row))
+            train = f"train {options} --seed {seed} " + " ".join(re.findall(r"`(--[^`]+)`", row))
+            test = "test " + " ".join(options.split()[:2])  # --data alone
             print(row, "seed", seed, flush=True)
             try:
-                for words in ("train " + words, "test " + " ".join(words.split()[:2])):
+                for words in (train, test):
                     sys.argv = ["unet.py", *shlex.split(words), "--checkpoint", "edited.pt"]
                     page["main"]()
             except Exception as error:
