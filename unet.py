@@ -1,90 +1,92 @@
-"""U-Net: which pixels of a photo are pet, which background, which the border between?
+"""U-Net in one file: is a pixel pet, background, or the border between them?
 
-    photo   (3, 128, 128)                                 logits   (3, 128, 128)
-    enc1   (64, 128, 128) ------------ skip ------------> dec1   (64, 128, 128)
+    image  (3, 128, 128)                                  logits  (3, 128, 128)
+    enc1  (64, 128, 128) ------------ skip ------------> dec1  (64, 128, 128)
        enc2  (128, 64, 64) ----------- skip ---------> dec2  (128, 64, 64)
           enc3  (256, 32, 32) -------- skip ------> dec3  (256, 32, 32)
              enc4  (512, 16, 16) ----- skip ---> dec4  (512, 16, 16)
                          bottleneck  (1024, 8, 8)
 
-A classifier gives a photo one class, segmentation gives each pixel one: a mask. A pixel
-gets a logit, a number, for each class, and the largest wins. Down the left of the U, the
-encoder halves height and width, so that a pixel sums up more of the photo, and doubles
-the channels (the first number), to say more: it finds what is there, but loses where.
-Up the right, from the bottleneck, the decoder makes the picture large again, and skips
-hand it what the encoder saw before each halving. Unlike the paper (Ronneberger et al.
-2015, arxiv 1505.04597), this file pads, so that skips fit uncropped; has BatchNorm, for
-larger steps; and no dropout or elastic deformation, as its photos are many, not 30.
+Shapes are (channels, height, width): 3 colours for the image, 3 classes for the logits.
+A logit is any number that scores a class. Softmax makes probabilities, argmax a class.
 
-`python unet.py train --epochs 5` fetches the Oxford-IIIT Pet photos and trains. Then
-`python unet.py show` draws predictions, `test` scores. `--data toy` needs no download."""
-import argparse, inspect, math, os, random, re, sys
+The network is named after this U. On the left, the encoder halves height and width, so
+that each position sees more of the image, and doubles the channels to describe it. It
+finds what is there but loses where. The bottleneck is the coarsest level. On the right,
+the decoder doubles height and width again. Skip connections give it what the encoder
+computed before each halving, so that edges find their places.
+
+`python unet.py train --epochs 5` downloads the Oxford-IIIT Pet Dataset and trains. Then
+`test` prints scores, `show` draws predictions, and `predict cat.jpg` takes any photo.
+The paper (Ronneberger et al. 2015, arXiv 1505.04597) has no padding, no BatchNorm."""
+import argparse, math, random, sys
 from pathlib import Path
+from urllib.error import URLError
+
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset, random_split
 from torchvision import datasets, utils
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor
 
 # -------- data --------
-# A trimap, the picture of a mask, labels each pixel 1, 2 or 3: pet, background, border.
-# For other classes change this dict, for other files `open_pairs`.
+# A trimap is an image of labels: 1 is pet, 2 is background, and 3 is border.
+# A mask holds the labels minus 1, drawn in these colours.
 CLASSES = {"pet": (230, 159, 0), "background": (0, 90, 150), "border": (240, 240, 240)}
 COLOURS = torch.tensor(list(CLASSES.values()), dtype=torch.uint8)  # (classes, 3)
 
 def open_pairs(data, split):
-    """PIL pictures, in pairs (RGB photo, trimap), of the split "trainval" or "test"."""
+    """The pairs (RGB image, trimap), as PIL images, of split "trainval" or "test"."""
     if data == "toy":
         return [draw_pair(f"{split} {i}") for i in range(300)]
+    if split == "test" and not Path(data, "oxford-iiit-pet/annotations").exists():
+        raise FileNotFoundError(f"no dataset in {data}: `train` downloads it")
     return datasets.OxfordIIITPet(data, split, "segmentation", download=True)
 
-def shrink(photo, size):
-    """A PIL photo of any shape, squashed to a square: uint8 (3, size, size)."""
-    return pil_to_tensor(photo.resize((size, size), Image.BILINEAR))
-
 class PetDataset(Dataset):
-    """Photos, uint8 (3, size, size), and masks of classes, int64 (size, size). It keeps
-    both as bytes, 64 KiB a pair at size 128. mirror=True flips them half of the time."""
+    """Images, uint8 (3, size, size), and masks, int64 (size, size). Both are stored as
+    bytes, 64 KiB a pair at size 128, since floats would take four times as much."""
     def __init__(self, pairs, size, mirror=False):
         self.mirror = mirror
         self.samples = []
-        print(f"decoding {len(pairs)} photos")
-        for photo, trimap in pairs:
-            # NEAREST copies labels: the mean of pet (1) and border (3) would be background (2).
+        for i in range(len(pairs)):  # `in pairs` would end at an IndexError
+            image, trimap = pairs[i]
+            image = pil_to_tensor(image.resize((size, size), Image.BILINEAR))
+            # NEAREST copies. A mean of pet (1) and border (3) would be background.
             labels = pil_to_tensor(trimap.resize((size, size), Image.NEAREST))[0].long()
             if labels.min() < 1 or labels.max() > len(CLASSES):
-                raise ValueError(f"need labels 1-{len(CLASSES)}: {getattr(trimap, 'filename', '')}")
-            mask = (labels - 1).byte()  # classes count from 0
-            self.samples.append((shrink(photo, size), mask))
+                file, found = getattr(trimap, "filename", i), labels.unique().tolist()
+                raise ValueError(f"{file}: labels {found}, not 1 to {len(CLASSES)}")
+            self.samples.append((image, (labels - 1).byte()))
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, i):
-        photo, mask = self.samples[i]
-        # What moves pixels must move the mask too; what changes colours must leave it alone.
+        image, mask = self.samples[i]
         if self.mirror and torch.rand(1) < 0.5:
-            photo, mask = photo.flip(-1), mask.flip(-1)
-        return photo, mask.long()
+            # What moves an image must move its mask.
+            image, mask = image.flip(-1), mask.flip(-1)
+        return image, mask.long()  # the loss expects int64
 
-# -------- model --------
+# -------- model: for N images in a batch, of height H and width W --------
 def conv_block(in_ch, out_ch):
-    """(N, in_ch, H, W) to (N, out_ch, H, W). Two 3x3 convolutions see as far as one of
-    5x5, with one more ReLU. BatchNorm undoes a bias, and has its own."""
+    """(N, in_ch, H, W) to (N, out_ch, H, W). BatchNorm gives each channel mean 0 and
+    variance 1, over all pixels of the batch, then applies a learned scale and shift.
+    Subtracting the mean would cancel a convolution's bias, so there is none."""
     return nn.Sequential(
         nn.Conv2d(in_ch, out_ch, 3, padding=1, bias=False),  # padding keeps H and W
-        nn.BatchNorm2d(out_ch),  # each channel: mean 0, variance 1, then learned scale, bias
+        nn.BatchNorm2d(out_ch),
         nn.ReLU(),
         nn.Conv2d(out_ch, out_ch, 3, padding=1, bias=False),
         nn.BatchNorm2d(out_ch),
         nn.ReLU())
 
 class UNet(nn.Module):
-    """(N, in_channels, H, W) photos to (N, out_classes, H, W) logits. H and W must be
-    multiples of 16: halved four times, then doubled, they must fit the skips."""
+    """Images (N, in_channels, H, W) to logits (N, out_classes, H, W). H and W must be
+    multiples of 16, so that after four halvings the doubled sizes fit the skips."""
     def __init__(self, in_channels=3, out_classes=len(CLASSES), base=64):
         super().__init__()
         c1, c2, c3, c4, c5 = base, 2 * base, 4 * base, 8 * base, 16 * base
@@ -92,42 +94,39 @@ class UNet(nn.Module):
         self.enc2 = conv_block(c1, c2)
         self.enc3 = conv_block(c2, c3)
         self.enc4 = conv_block(c3, c4)
-        self.pool = nn.MaxPool2d(2)  # the largest of 2x2 pixels: halves H and W
+        self.pool = nn.MaxPool2d(2)  # the largest of 2x2
         self.bottleneck = conv_block(c4, c5)
 
-        self.up4 = nn.ConvTranspose2d(c5, c4, 2, stride=2)  # learned: one pixel to 2x2
-        self.dec4 = conv_block(c4 + c4, c4)  # up4's channels + the skip's
+        # These transposed convolutions make 2x2 pixels of each, with learned weights.
+        self.up4 = nn.ConvTranspose2d(c5, c4, 2, stride=2)
+        self.dec4 = conv_block(c4 + c4, c4)  # up4 and enc4
         self.up3 = nn.ConvTranspose2d(c4, c3, 2, stride=2)
         self.dec3 = conv_block(c3 + c3, c3)
         self.up2 = nn.ConvTranspose2d(c3, c2, 2, stride=2)
         self.dec2 = conv_block(c2 + c2, c2)
         self.up1 = nn.ConvTranspose2d(c2, c1, 2, stride=2)
         self.dec1 = conv_block(c1 + c1, c1)
-        self.final = nn.Conv2d(c1, out_classes, 1)  # sees no neighbours: one classifier
-
-        # He initialisation (the paper, section 3) keeps signals from fading and exploding:
-        # variance 2 / inputs (1 / inputs in up4 to up1). PyTorch's default scores 0.03 lower.
-        for layer in self.modules():
-            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        self.final = nn.Conv2d(c1, out_classes, 1)  # the same classifier at each pixel
 
     def forward(self, x):                   # (N,    3, 128, 128)  for base=64, size=128
-        e1 = self.enc1(x)                   # (N,   64, 128, 128)  a skip, not yet pooled
+        e1 = self.enc1(x)                   # (N,   64, 128, 128)
         e2 = self.enc2(self.pool(e1))       # (N,  128,  64,  64)
         e3 = self.enc3(self.pool(e2))       # (N,  256,  32,  32)
         e4 = self.enc4(self.pool(e3))       # (N,  512,  16,  16)
         b = self.bottleneck(self.pool(e4))  # (N, 1024,   8,   8)
 
+        # A level doubles H and W and puts the skip's channels beside its own (dim 1).
+        # A sum would mix both before dec4 weighs them. In `cat`, 0 * e4 cuts this skip.
         d4 = self.up4(b)                    # (N,  512,  16,  16)
-        d4 = torch.cat((d4, e4), dim=1)     # (N, 1024,  16,  16)  dim 1: the channels
+        d4 = torch.cat((d4, e4), dim=1)     # (N, 1024,  16,  16)
         d4 = self.dec4(d4)                  # (N,  512,  16,  16)
 
         d3 = self.up3(d4)                   # (N,  256,  32,  32)
-        d3 = torch.cat((d3, e3), dim=1)     # (N,  512,  32,  32)  not added: dec3 learns to mix
+        d3 = torch.cat((d3, e3), dim=1)     # (N,  512,  32,  32)
         d3 = self.dec3(d3)                  # (N,  256,  32,  32)
 
         d2 = self.up2(d3)                   # (N,  128,  64,  64)
-        d2 = torch.cat((d2, e2), dim=1)     # (N,  256,  64,  64)  (try 0 * e2: no skip)
+        d2 = torch.cat((d2, e2), dim=1)     # (N,  256,  64,  64)
         d2 = self.dec2(d2)                  # (N,  128,  64,  64)
 
         d1 = self.up1(d2)                   # (N,   64, 128, 128)
@@ -137,214 +136,215 @@ class UNet(nn.Module):
 
 # -------- device --------
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-# For speed alone. channels_last: a pixel's channels side by side in memory (on Apple's
-# GPUs it broke BatchNorm, PyTorch issue 175189). BF16: 16-bit numbers, where they are fast.
-LAYOUT = torch.contiguous_format if DEVICE.type == "mps" else torch.channels_last
-BF16 = DEVICE.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-if DEVICE.type == "cuda":
-    BF16 = torch.cuda.is_bf16_supported(including_emulation=False)
 
-def compute_logits(net, photos):
-    """uint8 photos (N, 3, H, W) to float32 logits (N, classes, H, W), on DEVICE."""
-    x = photos.to(DEVICE, memory_format=LAYOUT).float() / 255
+# Mixed precision: weights stay float32, but autocast computes convolutions in bfloat16,
+# which has fewer digits but the same range, and is fast on hardware made for it.
+BF16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+if DEVICE.type == "cpu":
+    BF16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+def compute_logits(net, images):
+    """uint8 images (N, 3, H, W) to float32 logits (N, classes, H, W), on DEVICE."""
+    x = images.to(DEVICE).float() / 255
+    if BF16:  # faster with a pixel's channels side by side in memory
+        x = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=BF16):
         return net(x).float()
 
-# -------- losses and scores --------
-def one_hot(classes):
-    """(N, H, W) classes to (N, C, H, W): a pixel of class 2 becomes 0, 0, 1."""
-    return F.one_hot(classes, len(CLASSES)).movedim(-1, 1)
-
-def count_pixels(prediction, truth):
-    """Two (N, C, H, W) to (2, C): each class's overlap (1 * 1) and the sum of areas."""
-    shared = (prediction * truth).sum((0, 2, 3))
-    total = (prediction + truth).sum((0, 2, 3))
-    return torch.stack((shared, total))
-
-def dice_loss(logits, target):
-    """1 - the mean Dice of the classes. Dice is 2 * shared / total: 1 if prediction and
-    truth agree, 0 without overlap. From softmax: argmax has no gradient."""
-    shared, total = count_pixels(logits.softmax(dim=1), one_hot(target))
-    dice = (2 * shared + 1) / (total + 1)  # + 1: no 0 / 0
-    return 1 - dice.mean()
-
-# Cross-entropy (softmax included) weighs pixels alike; Dice classes, small ones too.
-LOSSES = {"ce": nn.CrossEntropyLoss(), "dice": dice_loss}
+# -------- loss and scores --------
+# The loss takes logits (N, classes, H, W) and masks (N, H, W), which need no channels,
+# as they hold the number of the class. It is the mean over all pixels of the batch of
+# -log(p), where p is the probability that softmax gives the true class.
+loss_fn = nn.CrossEntropyLoss()
 
 @torch.no_grad()
-def evaluate(net, dataset, loss_fn):
-    """The mean loss and, over all pixels, each class's IoU (intersection over union), their
-    mean, mIoU, and the mean Dice. A class that is nowhere (nan) is left out of means."""
-    net.eval()  # BatchNorm uses the means and variances that it kept in training
-    loss = counts = 0
-    for photos, masks in DataLoader(dataset, batch_size=8):
-        logits, target = compute_logits(net, photos), masks.to(DEVICE)
-        loss += loss_fn(logits, target).item() * len(photos)
-        counts += count_pixels(one_hot(logits.argmax(dim=1)), one_hot(target))
+def evaluate(net, dataset):
+    """The mean loss and the overlap of predictions and masks, over all pixels.
 
-    shared, total = counts
-    iou = shared / (total - shared)  # total counts the shared ones twice
-    dice = 2 * shared / total
-    return {"unseen loss": loss / len(dataset), "mIoU": iou.nanmean().item(),
-            "Dice": dice.nanmean().item(), **dict(zip(CLASSES, iou.tolist()))}
+    With mask 1 1 0 0 and prediction 0 1 1 0, class 1 has IoU intersection / union = 1/3
+    and Dice 2 * intersection / (sum of both areas) = 2/4. mIoU and Dice are means over
+    the classes, without those that occur nowhere (nan)."""
+    net.eval()  # BatchNorm uses the running mean and variance of training
+    total_loss = 0
+    intersection, union = torch.zeros(2, len(CLASSES), dtype=torch.int64, device=DEVICE)
+
+    for images, masks in DataLoader(dataset, batch_size=8):
+        logits, masks = compute_logits(net, images), masks.to(DEVICE)
+        total_loss += loss_fn(logits, masks).item() * len(images)
+        predictions = logits.argmax(dim=1)  # (N, H, W)
+        for c in range(len(CLASSES)):
+            intersection[c] += ((predictions == c) & (masks == c)).sum()
+            union[c] += ((predictions == c) | (masks == c)).sum()
+
+    iou = intersection / union
+    dice = 2 * iou / (1 + iou)  # both areas = union + intersection
+    class_iou = {f"IoU {name}": value for name, value in zip(CLASSES, iou.tolist())}
+    return {"loss": total_loss / len(dataset), "mIoU": iou.nanmean().item(),
+            "Dice": dice.nanmean().item(), **class_iou}
 
 # -------- training --------
-def train_epoch(net, loader, loss_fn, optimizer, schedule):
-    """Learn from each photo once; return the mean loss, taken while the weights changed."""
-    net.train()  # BatchNorm uses the means and variances of the batch
+def train_epoch(net, loader, optimizer, schedule):
+    """Train on each image once. Return the mean loss of the steps. It can be above the
+    validation loss, as the weights improve on the way."""
+    net.train()  # BatchNorm uses the mean and variance of the batch
     total_loss = 0
-    for step, (photos, masks) in enumerate(loader, 1):
-        loss = loss_fn(compute_logits(net, photos), masks.to(DEVICE))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    for step, (images, masks) in enumerate(loader, 1):
+        logits = compute_logits(net, images)      # (N, classes, H, W)
+        loss = loss_fn(logits, masks.to(DEVICE))  # masks are (N, H, W)
+
+        optimizer.zero_grad()  # clear the old gradients
+        loss.backward()  # compute the gradients: how the loss changes with each weight
+        optimizer.step()  # move each weight a little against its recent gradients
+        schedule.step()  # set the learning rate, the size of the next move
 
         total_loss += loss.item()
-        if sys.stdout.isatty():
-            print(f"step {step} of {len(loader)}  loss {loss:.3f}", end="\r", flush=True)
+        print(f"step {step} of {len(loader)}, loss {loss:.3f}", end="\r", file=sys.stderr)
     return total_loss / len(loader)
 
 def save(checkpoint, net, **facts):
     torch.save({"model": net.state_dict(), **facts}, f"{checkpoint}.tmp")
-    os.replace(f"{checkpoint}.tmp", checkpoint)  # never half a checkpoint
+    Path(f"{checkpoint}.tmp").replace(checkpoint)  # a crash keeps the old file
 
 def load(checkpoint):
-    """The dict that `save` wrote, and its network, ready to predict."""
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    net = UNet(base=saved["base"]).to(DEVICE, memory_format=LAYOUT)
+    """What `save` wrote, as a dict, and its network."""
+    if not Path(checkpoint).exists():
+        raise FileNotFoundError(f"no {checkpoint}: run `train` first")
+    saved = torch.load(checkpoint, map_location="cpu")
+    net = UNet(base=saved["base"]).to(DEVICE)
     net.load_state_dict(saved["model"])
     return saved, net.eval().requires_grad_(False)
 
 def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, base=64,
-          lr=4e-3, loss="ce", seed=0):
-    """Train a network; validate and save it each epoch.
-    data: folder of the photos, fetched if missing; or toy, for drawings
-    checkpoint: file of the trained network
-    epochs: passes over the photos
-    batch_size: photos in a step
-    size: photos are squashed to size x size pixels
-    base: channels of the first level
-    lr: highest learning rate
-    loss: ce for cross-entropy, or dice
-    seed: of the first weights, the order of the photos and the mirroring"""
-    if size % 16 or size < 32:  # at 16, BatchNorm is left one pixel a photo
-        raise ValueError(f"size must be a multiple of 16 and at least 32, not {size}")
+          lr=1e-3, seed=0):
+    """Train a network and save it after each epoch."""
+    if size < 32 or size % 16:
+        raise ValueError(f"size must be a multiple of 16, at least 32, not {size}")
+    pairs = open_pairs(data, "trainval")
+    if len(pairs) < 5:
+        raise ValueError(f"{data} has {len(pairs)} images, but training needs 5")
 
-    # The list runs breed by breed: without a shuffle, validation would meet other breeds
-    # than training. The fixed seed validates all runs on the same photos.
-    torch.manual_seed(0)
-    train_pairs, val_pairs = random_split(open_pairs(data, "trainval"), (0.8, 0.2))
+    # The list is sorted by breed, so it is shuffled, in the same way in all runs.
+    generator = torch.Generator().manual_seed(0)
+    train_pairs, val_pairs = random_split(pairs, (0.8, 0.2), generator)
+    print(f"{len(train_pairs)} training, {len(val_pairs)} validation images, {DEVICE}")
     train_set = PetDataset(train_pairs, size, mirror=True)
     val_set = PetDataset(val_pairs, size)
     Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
 
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # for initial weights, image order and mirroring
     loader = DataLoader(train_set, batch_size, shuffle=True)
-    net = UNet(base=base).to(DEVICE, memory_format=LAYOUT)
-    # betas: how long AdamW remembers. Its default, (0.9, 0.999), scores 0.01 lower.
+    net = UNet(base=base).to(DEVICE)
+    # AdamW averages recent gradients. These betas shorten its memory.
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.5, 0.99))
-    # The learning rate rises, as large steps upset new weights, then falls almost to 0.
+    # The learning rate rises to lr, as large steps would upset untrained weights. Then
+    # it falls to almost 0, so that the weights settle.
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=epochs * len(loader), anneal_strategy="linear",
-        cycle_momentum=False)  # True would change the 0.5
+        optimizer, lr, total_steps=epochs * len(loader), cycle_momentum=False)  # keeps 0.5
 
     history = []
     for epoch in range(1, epochs + 1):
-        train_loss = train_epoch(net, loader, LOSSES[loss], optimizer, schedule)
-        scores = evaluate(net, val_set, LOSSES[loss])
-        if not math.isfinite(train_loss + scores["unseen loss"]):
+        train_loss = train_epoch(net, loader, optimizer, schedule)
+        scores = evaluate(net, val_set)
+        if not math.isfinite(train_loss + scores["loss"]):
             raise ValueError(f"the loss is not finite: try an lr below {lr}")
-        print(f"epoch {epoch} on {DEVICE}  train loss {train_loss:.3f}  unseen loss "
-              f"{scores['unseen loss']:.3f}  mIoU {scores['mIoU']:.3f}", flush=True)
-        history.append({"train loss": train_loss, **scores})
-        save(checkpoint, net, base=base, size=size, loss=loss, history=history)
-    print(f"wrote {checkpoint}")
+        row = {"train loss": train_loss, "val loss": scores["loss"], "mIoU": scores["mIoU"]}
+        print(f"epoch {epoch}", *[f" {name} {row[name]:.3f}" for name in row], flush=True)
+        history.append(row)
+        save(checkpoint, net, data=str(data), size=size, base=base, history=history)
 
 # -------- using it --------
-def test(data="data", checkpoint="unet.pt"):
-    """Score a network on the official test photos."""
+def test(data=None, checkpoint="unet.pt"):
+    """Print the scores on the test images."""
     saved, net = load(checkpoint)
-    test_set = PetDataset(open_pairs(data, "test"), saved["size"])
-    scores = evaluate(net, test_set, LOSSES[saved["loss"]])
-    print("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
-
-def paint(classes):
-    """Classes (..., H, W) to their colours, uint8 (..., 3, H, W), on the CPU."""
-    return COLOURS[classes.cpu()].movedim(-1, -3)
-
-def show(data="data", checkpoint="unet.pt"):
-    """Draw test photos, truth, predictions, and training curves: unet.pt to unet.png."""
-    saved, net = load(checkpoint)
+    data = data or saved["data"]
     pairs = open_pairs(data, "test")
-    some = [pairs[i] for i in range(0, len(pairs), math.ceil(len(pairs) / 6))]  # at most 6
-    photos, masks = next(iter(DataLoader(PetDataset(some, saved["size"]), batch_size=6)))
-    prediction = compute_logits(net, photos).argmax(dim=1)
+    print(f"{len(pairs)} test images of {data}, {DEVICE}")
+    scores = evaluate(net, PetDataset(pairs, saved["size"]))
+    print(*[f"{name} {scores[name]:.3f} " for name in scores])
 
+def show(data=None, checkpoint="unet.pt"):
+    """Draw images, masks, predictions and curves: unet.pt gives unet.png."""
+    saved, net = load(checkpoint)
+    pairs = open_pairs(data or saved["data"], "test")
+    every = math.ceil(len(pairs) / 6)  # six, spread out
+    test_set = PetDataset([pairs[i] for i in range(0, len(pairs), every)], saved["size"])
+    images, masks = next(iter(DataLoader(test_set, 6)))
+    predictions = compute_logits(net, images).argmax(dim=1).cpu()
+
+    colours = COLOURS[torch.cat((masks, predictions))].movedim(-1, 1)  # (12, 3, H, W)
+    grid = utils.make_grid(torch.cat((images, colours)), nrow=len(images))
     figure = Figure(figsize=(9, 6.6), layout="constrained")
-    *axes, curves = figure.subplots(4)
-    rows = {"input": photos, "ground truth": paint(masks), "prediction": paint(prediction)}
-    for ax, (name, pictures) in zip(axes, rows.items()):
-        ax.imshow(utils.make_grid(pictures).movedim(0, -1).numpy())
-        ax.set(xticks=[], yticks=[], ylabel=name)
+    top, curves = figure.subplots(2, height_ratios=(3, 1))
+    top.imshow(grid.movedim(0, -1).numpy())  # to (H, W, 3)
+    top.set(xticks=[], yticks=[], title="rows: input, ground truth, prediction")
 
     for name, colour in zip(CLASSES, COLOURS.numpy() / 255):  # for the legend alone
         curves.plot([], "s", color=colour, markeredgecolor="gray", label=name)
     epochs = range(1, len(saved["history"]) + 1)
-    for name in ("train loss", "unseen loss", "mIoU"):
+    for name in saved["history"][0]:
         curves.plot(epochs, [row[name] for row in saved["history"]], ".-", label=name)
-    curves.set(xlabel="epoch", xticks=epochs[::1 + len(epochs) // 20])  # at most 20
+    curves.set_xlabel("epoch")
+    curves.locator_params(axis="x", integer=True, min_n_ticks=1)
 
     figure.legend(loc="outside lower center", ncols=6)
-    figure.savefig(f"{Path(checkpoint).stem}.png")
-    print(f"wrote {Path(checkpoint).stem}.png")
+    picture = Path(checkpoint).with_suffix(".png")
+    figure.savefig(picture)
+    print(f"wrote {picture}")
 
 def predict(photo, checkpoint="unet.pt"):
-    """Draw the classes over any photo, at its own size: cat.jpg to cat-mask.png."""
+    """Draw the classes over any photo: cat.jpg gives cat-overlay.png, here."""
     saved, net = load(checkpoint)
-    picture = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")  # upright
-    logits = compute_logits(net, shrink(picture, saved["size"])[None])
-    # Enlarge the logits: enlarged classes would have blocky edges.
-    logits = F.interpolate(logits, size=(picture.height, picture.width), mode="bilinear")
-    colours = to_pil_image(paint(logits.argmax(dim=1)[0]))
-    Image.blend(picture, colours, 0.5).save(f"{Path(photo).stem}-mask.png")
-    print(f"wrote {Path(photo).stem}-mask.png")
+    image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")  # upright
+    square = pil_to_tensor(image.resize((saved["size"], saved["size"]), Image.BILINEAR))
+    logits = compute_logits(net, square[None])
+    # Logits are enlarged, not classes, whose edges would become stairs.
+    logits = nn.functional.interpolate(logits, size=image.size[::-1], mode="bilinear")
+    colours = Image.fromarray(COLOURS[logits.argmax(dim=1)[0].cpu()].numpy())
+    picture = f"{Path(photo).stem}-overlay.png"
+    Image.blend(image, colours, 0.5).save(picture)
+    print(f"wrote {picture}")
 
-# -------- the lesson ends here: toys, and the command line --------
+# -------- the lesson ends here: toy data and the command line --------
 def draw_pair(name):
-    """A light polygon on a dark ground, and its trimap; the name is the seed."""
+    """A light polygon on a dark ground, and its trimap."""
     rng = random.Random(name)
-    shape = (rng.randint(60, 132), rng.randint(60, 100), 50), rng.randint(3, 8)  # circle, corners
-    photo = Image.new("RGB", (192, 160), f"hsl({rng.randrange(360)}, 50%, 30%)")
+    x, y, corners = rng.randint(60, 132), rng.randint(60, 100), rng.randint(3, 8)
+    image = Image.new("RGB", (192, 160), f"hsl({rng.randrange(360)}, 50%, 30%)")
+    light = f"hsl({rng.randrange(360)}, 50%, 70%)"
+    ImageDraw.Draw(image).regular_polygon((x, y, 50), corners, fill=light)
     trimap = Image.new("L", (192, 160), 2)
-    ImageDraw.Draw(photo).regular_polygon(*shape, fill=f"hsl({rng.randrange(360)}, 50%, 70%)")
-    ImageDraw.Draw(trimap).regular_polygon(*shape, fill=1, outline=3, width=6)
-    return photo, trimap
+    ImageDraw.Draw(trimap).regular_polygon((x, y, 50), corners, fill=1, outline=3, width=6)
+    return image, trimap
 
 def main():
-    """Make each function a command, each parameter an option of its default's type."""
-    texts = dict(re.findall(r"(\w+): (.+)", train.__doc__))
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(required=True)
     for run in (train, test, show, predict):
-        command = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0])
+        command = commands.add_parser(
+            run.__name__, help=run.__doc__, argument_default=argparse.SUPPRESS)
         command.set_defaults(run=run)
-        for name, parameter in inspect.signature(run).parameters.items():
-            default = parameter.default
-            if default is parameter.empty:
-                command.add_argument(name)
-            else:  # True or False would need argparse.BooleanOptionalAction
-                command.add_argument(
-                    "--" + name.replace("_", "-"), default=default, type=type(default),
-                    choices=LOSSES if name == "loss" else None,
-                    help=f"{texts.get(name, '')} (default: {default})")
+        add = command.add_argument
+        add("--checkpoint", help="file of the network (default: unet.pt)")
+        if run == predict:
+            add("photo")
+        else:
+            add("--data", help="folder, or toy (default: data; then as in training)")
+        if run == train:
+            add("--epochs", type=int, help="passes over the images (default: 5)")
+            add("--batch-size", type=int, help="images in a step (default: 8)")
+            add("--size", type=int, help="height and width (default: 128)")
+            add("--base", type=int, help="channels of enc1 (default: 64)")
+            add("--lr", type=float, help="highest learning rate (default: 0.001)")
+            add("--seed", type=int, help="seed of random numbers (default: 0)")
+
     options = vars(parser.parse_args())
+    run = options.pop("run")
     try:
-        options.pop("run")(**options)
-    except OSError as error:  # no such file, no picture, no internet
-        sys.exit(f"{error} (see README.md)")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
+        run(**options)
+    except URLError as error:
+        sys.exit(f"{error}: try --data toy, or download by hand (README.md)")
+    except (KeyboardInterrupt, OSError, Image.DecompressionBombError) as error:
+        sys.exit(f"\nstopped. {error}")
 
 if __name__ == "__main__":
     main()
