@@ -239,7 +239,7 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
     # The learning rate rises to lr, as large steps would upset untrained weights. Then
     # it falls to almost 0, so that the weights settle.
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=epochs * len(loader), cycle_momentum=False)  # keeps 0.5
+        optimizer, lr, epochs * len(loader), anneal_strategy="linear", cycle_momentum=False)
 
     history = []
     for epoch in range(1, epochs + 1):
@@ -298,7 +298,7 @@ def predict(photo, checkpoint="unet.pt"):
     square = pil_to_tensor(image.resize((saved["size"], saved["size"]), Image.BILINEAR))
     logits = compute_logits(net, square[None])
     # Logits are enlarged, not classes, whose edges would become stairs.
-    logits = nn.functional.interpolate(logits, size=image.size[::-1], mode="bilinear")
+    logits = nn.functional.interpolate(logits, image.size[::-1], mode="bilinear")
     colours = Image.fromarray(COLOURS[logits.argmax(dim=1)[0].cpu()].numpy())
     picture = f"{Path(photo).stem}-overlay.png"
     Image.blend(image, colours, 0.5).save(picture)
