@@ -1,4 +1,4 @@
-"""U-Net in one file: is a pixel pet, background, or the border between them?
+"""Image segmentation by a U-Net: is a pixel pet, background, or their border?
 
     image  (3, 128, 128)                                  logits  (3, 128, 128)
     enc1  (64, 128, 128) ------------ skip ------------> dec1  (64, 128, 128)
@@ -8,7 +8,7 @@
                          bottleneck  (1024, 8, 8)
 
 Shapes are (channels, height, width): 3 colours for the image, 3 classes for the logits.
-A logit is any number that scores a class. Softmax makes probabilities, argmax a class.
+Logits are any numbers. Softmax turns them into probabilities, argmax into a class.
 
 The network is named after this U. On the left, the encoder halves height and width, so
 that each position sees more of the image, and doubles the channels to describe it. It
@@ -33,7 +33,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 # -------- data --------
 # A trimap is an image of labels: 1 is pet, 2 is background, and 3 is border.
-# A mask holds the labels minus 1, drawn in these colours.
+# A mask holds the labels minus 1. These colours draw it.
 CLASSES = {"pet": (230, 159, 0), "background": (0, 90, 150), "border": (240, 240, 240)}
 COLOURS = torch.tensor(list(CLASSES.values()), dtype=torch.uint8)  # (classes, 3)
 
@@ -46,12 +46,12 @@ def open_pairs(data, split):
     return datasets.OxfordIIITPet(data, split, "segmentation", download=True)
 
 class PetDataset(Dataset):
-    """Images, uint8 (3, size, size), and masks, int64 (size, size). Both are stored as
+    """Images, uint8 (3, size, size), and masks, int64 (size, size). It stores both as
     bytes, 64 KiB a pair at size 128, since floats would take four times as much."""
     def __init__(self, pairs, size, mirror=False):
         self.mirror = mirror
         self.samples = []
-        for i in range(len(pairs)):  # `in pairs` would end at an IndexError
+        for i in range(len(pairs)):  # `in pairs` would hide an IndexError
             image, trimap = pairs[i]
             image = pil_to_tensor(image.resize((size, size), Image.BILINEAR))
             # NEAREST copies. A mean of pet (1) and border (3) would be background.
@@ -73,8 +73,8 @@ class PetDataset(Dataset):
 
 # -------- model: for N images in a batch, of height H and width W --------
 def conv_block(in_ch, out_ch):
-    """(N, in_ch, H, W) to (N, out_ch, H, W). BatchNorm gives each channel mean 0 and
-    variance 1, over all pixels of the batch, then applies a learned scale and shift.
+    """(N, in_ch, H, W) to (N, out_ch, H, W). In training, BatchNorm gives each channel
+    mean 0 and variance 1 over all pixels of the batch, then a learned scale and shift.
     Subtracting the mean would cancel a convolution's bias, so there is none."""
     return nn.Sequential(
         nn.Conv2d(in_ch, out_ch, 3, padding=1, bias=False),  # padding keeps H and W
@@ -97,7 +97,7 @@ class UNet(nn.Module):
         self.pool = nn.MaxPool2d(2)  # the largest of 2x2
         self.bottleneck = conv_block(c4, c5)
 
-        # These transposed convolutions make 2x2 pixels of each, with learned weights.
+        # Each transposed convolution makes 2x2 pixels of one, with learned weights.
         self.up4 = nn.ConvTranspose2d(c5, c4, 2, stride=2)
         self.dec4 = conv_block(c4 + c4, c4)  # up4 and enc4
         self.up3 = nn.ConvTranspose2d(c4, c3, 2, stride=2)
@@ -116,7 +116,7 @@ class UNet(nn.Module):
         b = self.bottleneck(self.pool(e4))  # (N, 1024,   8,   8)
 
         # A level doubles H and W and puts the skip's channels beside its own (dim 1).
-        # A sum would mix both before dec4 weighs them. In `cat`, 0 * e4 cuts this skip.
+        # A sum would mix both before dec4 weighs them. With (d4, 0 * e4) no skip is left.
         d4 = self.up4(b)                    # (N,  512,  16,  16)
         d4 = torch.cat((d4, e4), dim=1)     # (N, 1024,  16,  16)
         d4 = self.dec4(d4)                  # (N,  512,  16,  16)
@@ -138,7 +138,7 @@ class UNet(nn.Module):
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 # Mixed precision: weights stay float32, but autocast computes convolutions in bfloat16,
-# which has fewer digits but the same range, and is fast on hardware made for it.
+# which has fewer digits than float32 but its range, and is fast on some hardware.
 BF16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 if DEVICE.type == "cpu":
     BF16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -177,7 +177,7 @@ def evaluate(net, dataset):
             union[c] += ((predictions == c) | (masks == c)).sum()
 
     iou = intersection / union
-    dice = 2 * iou / (1 + iou)  # both areas = union + intersection
+    dice = 2 * iou / (1 + iou)  # as both areas = union + intersection
     class_iou = {f"IoU {name}": value for name, value in zip(CLASSES, iou.tolist())}
     return {"loss": total_loss / len(dataset), "mIoU": iou.nanmean().item(),
             "Dice": dice.nanmean().item(), **class_iou}
@@ -223,7 +223,7 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
     if len(pairs) < 5:
         raise ValueError(f"{data} has {len(pairs)} images, but training needs 5")
 
-    # The list is sorted by breed, so it is shuffled, in the same way in all runs.
+    # The list is sorted by breed, so it is shuffled, the same way in all runs.
     generator = torch.Generator().manual_seed(0)
     train_pairs, val_pairs = random_split(pairs, (0.8, 0.2), generator)
     print(f"{len(train_pairs)} training, {len(val_pairs)} validation images, {DEVICE}")
@@ -234,7 +234,7 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
     torch.manual_seed(seed)  # for initial weights, image order and mirroring
     loader = DataLoader(train_set, batch_size, shuffle=True)
     net = UNet(base=base).to(DEVICE)
-    # AdamW averages recent gradients. These betas shorten its memory.
+    # These betas shorten AdamW's memory of gradients. cycle_momentum would replace 0.5.
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.5, 0.99))
     # The learning rate rises to lr, as large steps would upset untrained weights. Then
     # it falls to almost 0, so that the weights settle.
@@ -266,12 +266,12 @@ def show(data=None, checkpoint="unet.pt"):
     """Draw images, masks, predictions and curves: unet.pt gives unet.png."""
     saved, net = load(checkpoint)
     pairs = open_pairs(data or saved["data"], "test")
-    every = math.ceil(len(pairs) / 6)  # six, spread out
+    every = math.ceil(len(pairs) / 6)  # at most six
     test_set = PetDataset([pairs[i] for i in range(0, len(pairs), every)], saved["size"])
     images, masks = next(iter(DataLoader(test_set, 6)))
     predictions = compute_logits(net, images).argmax(dim=1).cpu()
 
-    colours = COLOURS[torch.cat((masks, predictions))].movedim(-1, 1)  # (12, 3, H, W)
+    colours = COLOURS[torch.cat((masks, predictions))].movedim(-1, 1)  # (2N, 3, H, W)
     grid = utils.make_grid(torch.cat((images, colours)), nrow=len(images))
     figure = Figure(figsize=(9, 6.6), layout="constrained")
     top, curves = figure.subplots(2, height_ratios=(3, 1))
@@ -297,7 +297,7 @@ def predict(photo, checkpoint="unet.pt"):
     image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")  # upright
     square = pil_to_tensor(image.resize((saved["size"], saved["size"]), Image.BILINEAR))
     logits = compute_logits(net, square[None])
-    # Logits are enlarged, not classes, whose edges would become stairs.
+    # Enlarge logits, not classes: their edges would become stairs.
     logits = nn.functional.interpolate(logits, image.size[::-1], mode="bilinear")
     colours = Image.fromarray(COLOURS[logits.argmax(dim=1)[0].cpu()].numpy())
     picture = f"{Path(photo).stem}-overlay.png"
@@ -328,7 +328,7 @@ def main():
         if run == predict:
             add("photo")
         else:
-            add("--data", help="folder, or toy (default: data; then as in training)")
+            add("--data", help="folder, or toy (default: data, or as trained)")
         if run == train:
             add("--epochs", type=int, help="passes over the images (default: 5)")
             add("--batch-size", type=int, help="images in a step (default: 8)")
