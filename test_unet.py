@@ -1,7 +1,7 @@
 """Tests of unet.py in the order of the page, as a second explanation of it. Five to read first:
 test_every_shape_on_the_page_is_the_real_one, test_a_decoder_block_gets_up_and_skip,
 test_iou_and_dice_by_hand, test_gradients_do_not_pile_up and test_overfits_one_batch."""
-import inspect, math, os, re, runpy, subprocess, sys, traceback, urllib.error
+import inspect, math, os, re, runpy, subprocess, sys, traceback
 from pathlib import Path
 from unittest.mock import MagicMock, Mock
 from PIL import Image
@@ -40,8 +40,7 @@ def a_mask(digits):
     return torch.tensor([[int(digit) for digit in digits]])  # (1, W)
 
 def an_image(digits):
-    """One row of pixels: red for 0, green for 1, blue for 2."""
-    return 255 * F.one_hot(a_mask(digits), 3).movedim(-1, 0).byte()  # (3, 1, W)
+    return 255 * F.one_hot(a_mask(digits), 3).movedim(-1, 0).byte()  # 0 is red, 1 green, 2 blue
 
 def test_a_sample_is_an_image_of_bytes_and_a_mask_of_classes():
     dataset = unet.PetDataset(TOYS[:1], 128)
@@ -51,15 +50,13 @@ def test_a_sample_is_an_image_of_bytes_and_a_mask_of_classes():
     assert sum(part.nbytes for part in dataset.samples[0]) == 64 * 1024
 
 def test_masks_are_resized_without_new_labels():
-    """Stripes of pet (1) and border (3). Their mean would be background (2)."""
-    stripes = Image.frombytes("L", (96, 96), bytes([1, 3, 3] * 32 * 96))
+    stripes = Image.frombytes("L", (96, 96), bytes([1, 3, 3] * 32 * 96))  # their mean would be 2
     image, mask = unet.PetDataset([(stripes.convert("RGB"), stripes)], 64)[0]
     assert mask.unique().tolist() == [0, 2]
 
 def test_mirroring_turns_image_and_mask_together():
-    """White pet on the left, black border on the right."""
     image = Image.frombytes("L", (32, 32), bytes([255] * 16 + [0] * 16) * 32).convert("RGB")
-    trimap = Image.frombytes("L", (32, 32), bytes([1] * 16 + [3] * 16) * 32)
+    trimap = Image.frombytes("L", (32, 32), bytes([1] * 16 + [3] * 16) * 32)  # white pet
     dataset = unet.PetDataset([(image, trimap)], 32, mirror=True)
     samples = [dataset[0] for _ in range(40)]
     assert all(torch.equal(image[0] == 255, mask == 0) for image, mask in samples)
@@ -103,6 +100,9 @@ def test_a_block_is_convolution_batchnorm_relu_twice():
     y = F.batch_norm(F.conv2d(y, block[3].weight, padding=1), None, None, training=True).relu()
     torch.testing.assert_close(block(x), y)
 
+def test_pooling_keeps_the_largest_of_2x2_pixels():
+    assert unet.UNet().pool(torch.arange(16.0).view(1, 4, 4)).tolist() == [[[5, 7], [13, 15]]]
+
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
 def test_a_decoder_block_gets_up_and_skip(level):
     """Half of its input is what up made, the other half what enc made, before pooling."""
@@ -140,8 +140,7 @@ def test_a_command_gets_to_its_first_value_on_the_device(words, function, traine
     assert torch.autocast.call_args.args[0] == "meta"
 
 def test_cross_entropy_by_hand():
-    """Two pixels whose true classes have the probabilities 0.6 and 0.5."""
-    probabilities = torch.tensor([[[[0.6, 0.3]], [[0.2, 0.5]], [[0.2, 0.2]]]])  # (1, 3, 1, 2)
+    probabilities = torch.tensor([[[[0.6, 0.3]], [[0.2, 0.5]], [[0.2, 0.2]]]])  # of two pixels
     loss = unet.loss_fn(probabilities.log(), torch.tensor([[[0, 1]]]))
     assert loss.item() == pytest.approx((-math.log(0.6) - math.log(0.5)) / 2)
 
@@ -165,8 +164,7 @@ def test_pixels_and_losses_count_equally_in_every_batch():
     assert scores["loss"] == pytest.approx(sum(losses) / 9)
 
 def test_evaluate_switches_off_dropout():
-    """In training, it would turn nine of ten logits to 0."""
-    dataset = [(an_image("012210"), a_mask("012210"))]
+    dataset = [(an_image("012210"), a_mask("012210"))]  # training would drop 9 of 10 logits
     assert unet.evaluate(nn.Dropout(0.9).train(), dataset)["mIoU"] == 1
 
 def test_gradients_do_not_pile_up():
@@ -236,6 +234,10 @@ def test_training_images_are_mirrored_and_shuffled(no_steps):
     orders = [next(iter(loader))[0][:, 0, 0, 0].tolist() for _ in range(5)]
     assert orders.count(orders[0]) < 5
 
+def test_the_history_has_a_row_for_each_epoch(no_steps):
+    unet.train(size=32, base=2, epochs=2)
+    assert torch.load("unet.pt")["history"] == 2 * [{"train loss": 1, "val loss": 1, "mIoU": 0.5}]
+
 @pytest.mark.parametrize("wrong, told", [({"data": "few"}, "few.*4.*5"),
     ({"size": 100}, "16.*100"), ({"size": 16}, "16.*32.*16"), ({"size": 0}, "16.*0")])
 def test_what_cannot_be_trained_is_refused_at_once(wrong, told, no_steps):
@@ -269,7 +271,6 @@ def test_a_pickle_that_would_run_a_command_is_refused():
     pytest.raises(Exception, unet.load, "evil.pt").match("weights_only")
 
 def test_the_shell_and_a_call_train_the_same_network():
-    """In two processes: each option reaches its parameter, and the seed decides the rest."""
     call = ("import unet; unet.train(data='toy', checkpoint='a/1.pt', epochs=1, batch_size=60, "
             "size=48, base=2, lr=0.01, seed=3)")
     words = "--epochs 1 --batch-size 60 --size 48 --base 2 --lr 0.01 --seed 3 --data toy".split()
@@ -335,6 +336,5 @@ def test_an_error_ends_in_one_line(words, told, trained, monkeypatch):
     Path("t.pt").write_bytes(trained.read_bytes())
     Path("no.jpg").write_text("no image")
     Image.new("1", (20_000, 10_000)).save("a.png")
-    error = urllib.error.URLError("no route")
-    monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=error))
+    monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=unet.URLError("no route")))
     pytest.raises(SystemExit, shell, words).match(rf"\A\s*.*{told}.*\Z")
