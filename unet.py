@@ -217,8 +217,8 @@ def load(checkpoint):
 def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, base=64,
           lr=1e-3, seed=0):
     """Train a network and save it after each epoch."""
-    if size < 32 or size % 16:
-        raise ValueError(f"size must be a multiple of 16, at least 32, not {size}")
+    if size % 16:
+        raise ValueError(f"size must be a multiple of 16, not {size}")
     pairs = open_pairs(data, "trainval")
     if len(pairs) < 5:
         raise ValueError(f"{data} has {len(pairs)} images, but training needs 5")
