@@ -221,7 +221,7 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
         raise ValueError(f"size must be a multiple of 16, not {size}")
     pairs = open_pairs(data, "trainval")
     if len(pairs) < 5:
-        raise ValueError(f"{data} has {len(pairs)} images, but training needs 5")
+        raise ValueError(f"{data} has {len(pairs)} images for training, but needs 5")
 
     # The list is sorted by breed, so it is shuffled, the same way in all runs.
     generator = torch.Generator().manual_seed(0)
