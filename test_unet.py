@@ -1,4 +1,4 @@
-"""Tests of unet.py in the order of the page, as a second explanation of it. Five to read first:
+"""Tests of unet.py, in its order, as a second explanation of it. Five to read first:
 test_iou_and_dice_by_hand, test_mirroring_turns_image_and_mask_together,
 test_a_decoder_block_gets_up_and_skip, test_gradients_do_not_pile_up, test_overfits_one_batch."""
 import inspect, math, re, runpy, subprocess, sys
@@ -125,7 +125,7 @@ def test_device_and_bf16_follow_the_hardware(device, gpu_has_bf16, cpu_has_bf16,
 @pytest.mark.filterwarnings("ignore:.*is a no-op")  # a meta tensor takes no saved values
 @pytest.mark.parametrize("words", ["train --data toy --size 32", "test", "show", "predict cat.jpg"])
 def test_a_command_has_its_tensors_on_the_device(words, trained, monkeypatch):
-    """The meta device has shapes but no values. A tensor elsewhere would be another error."""
+    """Meta tensors have no values: reading one ends it. A tensor elsewhere would fail otherwise."""
     TOYS[0][0].save("cat.jpg")
     Path("unet.pt").write_bytes(trained.read_bytes())
     unet.DEVICE = torch.device("meta")
@@ -172,7 +172,7 @@ def test_evaluate_is_not_in_training_mode():
     assert unet.evaluate(nn.Dropout(0.9).train(), dataset)["mIoU"] == 1  # it drops nothing
 
 def test_gradients_do_not_pile_up():
-    """The mean of the logits has the same gradient at all weights, so that equal steps follow."""
+    """The mean of the logits is linear in the weights. Its gradient is constant, as are steps."""
     unet.loss_fn = lambda logits, masks: logits.mean()
     net, weights = nn.Conv2d(3, 3, 1), []
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -257,7 +257,7 @@ def test_a_loss_that_is_not_finite_keeps_the_old_checkpoint(train_loss, val_loss
 
 def test_a_half_written_checkpoint_replaces_nothing():
     Path("unet.pt").write_text("precious")
-    pytest.raises(TypeError, unet.save, "unet.pt", unet.UNet(base=2), history=sys)  # a module
+    pytest.raises(TypeError, unet.save, "unet.pt", unet.UNet(base=2), history=sys)  # no pickle
     assert Path("unet.pt").read_text() == "precious"
 
 def test_a_network_of_other_layers_is_not_loaded():
