@@ -1,7 +1,7 @@
 """Tests of unet.py, in its order, as a second explanation of it. Five to read first:
 test_iou_and_dice_by_hand, test_mirroring_turns_image_and_mask_together,
 test_a_decoder_block_gets_up_and_skip, test_gradients_do_not_pile_up, test_overfits_one_batch."""
-import inspect, math, re, runpy, subprocess, sys
+import inspect, math, pickle, re, runpy, subprocess, sys
 from pathlib import Path
 from unittest.mock import MagicMock, Mock
 
@@ -76,7 +76,7 @@ def test_an_index_error_of_a_dataset_is_not_taken_for_its_end():
     pairs.__getitem__.side_effect = IndexError("a bug of the learner")
     pytest.raises(IndexError, unet.PetDataset, pairs, 32).match("a bug")
 
-def test_every_shape_on_the_page_is_the_real_one():
+def test_every_shape_in_unet_py_is_the_real_one():
     """Run UNet.forward line by line: are its comments right, and the drawing?"""
     source = inspect.getsource(unet.UNet.forward).replace("def forward(self, x):", "x = x")
     source = source.replace("return ", "logits = ")
@@ -119,13 +119,13 @@ def test_device_and_bf16_follow_the_hardware(device, gpu_has_bf16, cpu_has_bf16,
     monkeypatch.setattr(torch.accelerator, "current_accelerator", Mock(return_value=found))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": cpu_has_bf16})
-    page = runpy.run_path(unet.__file__)
-    assert (page["DEVICE"].type, page["BF16"]) == (device, bf16)
+    values = runpy.run_path(unet.__file__)
+    assert (values["DEVICE"].type, values["BF16"]) == (device, bf16)
 
 @pytest.mark.filterwarnings("ignore:.*is a no-op")  # a meta tensor takes no saved values
 @pytest.mark.parametrize("words", ["train --data toy --size 32", "test", "show", "predict cat.jpg"])
 def test_a_command_has_its_tensors_on_the_device(words, trained, monkeypatch):
-    """Meta tensors have no values: reading one ends it. A tensor elsewhere would fail otherwise."""
+    """Meta tensors have no values, so reading one is an error. Mixing devices is another error."""
     TOYS[0][0].save("cat.jpg")
     Path("unet.pt").write_bytes(trained.read_bytes())
     unet.DEVICE = torch.device("meta")
@@ -172,7 +172,7 @@ def test_evaluate_is_not_in_training_mode():
     assert unet.evaluate(nn.Dropout(0.9).train(), dataset)["mIoU"] == 1  # it drops nothing
 
 def test_gradients_do_not_pile_up():
-    """The mean of the logits is linear in the weights. Its gradient is constant, as are steps."""
+    """The mean of the logits is linear in the weights, so all its gradients and steps are equal."""
     unet.loss_fn = lambda logits, masks: logits.mean()
     net, weights = nn.Conv2d(3, 3, 1), []
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -182,7 +182,7 @@ def test_gradients_do_not_pile_up():
     assert not torch.equal(weights[0], weights[1])
     torch.testing.assert_close(weights[2] - weights[1], weights[1] - weights[0])
 
-def test_an_epoch_of_two_steps():
+def test_an_epoch_trains_in_every_step_and_returns_the_mean_loss():
     unet.loss_fn = Mock(side_effect=torch.tensor([1.0, 4.0], requires_grad=True).unbind())
     net, optimizer, schedule = unet.UNet(base=2).eval(), Mock(), Mock()
     assert unet.train_epoch(net, [batch(TOYS[:2])] * 2, optimizer, schedule) == 2.5  # the mean
@@ -198,7 +198,7 @@ def test_overfits_one_batch():
 
 @pytest.fixture
 def dry_run(monkeypatch):
-    """`train` on ten grey images of 0, 20, ... 180, without steps and scores: what it prepares."""
+    """`train` on greys 0, 20, ... 180, without steps: the arguments of train_epoch, and val_set."""
     pairs = [(Image.new("RGB", (9, 9), (20 * k,) * 3), TOYS[k][1]) for k in range(10)]
     monkeypatch.setattr(unet, "open_pairs", lambda data, split: {"trainval": pairs}[split])
     def run(train_loss=1.0, val_loss=1.0, **options):
@@ -257,7 +257,7 @@ def test_a_loss_that_is_not_finite_keeps_the_old_checkpoint(train_loss, val_loss
 
 def test_a_half_written_checkpoint_replaces_nothing():
     Path("unet.pt").write_text("precious")
-    pytest.raises(TypeError, unet.save, "unet.pt", unet.UNet(base=2), history=sys)  # no pickle
+    pytest.raises(TypeError, unet.save, "unet.pt", unet.UNet(base=2), history=sys)  # unpicklable
     assert Path("unet.pt").read_text() == "precious"
 
 def test_a_network_of_other_layers_is_not_loaded():
@@ -268,12 +268,12 @@ def test_a_network_of_other_layers_is_not_loaded():
 
 def test_a_pickle_that_would_run_a_command_is_refused():
     Path("evil.pt").write_bytes(b"cos\nsystem\n(S'touch sprung'\ntR.")  # os.system("touch sprung")
-    pytest.raises(Exception, unet.load, "evil.pt")
+    pytest.raises(pickle.UnpicklingError, unet.load, "evil.pt")
     assert not Path("sprung").exists()
 
 def test_test_scores_the_data_of_the_checkpoint(trained, capsys):
     saved, net = unet.load(trained)
-    scores = unet.evaluate(net, unet.PetDataset(unet.open_pairs("toy", "test"), 32))
+    scores = unet.evaluate(net, unet.PetDataset(TOYS, 32))
     shell("test", "--checkpoint", trained)
     printed = capsys.readouterr().out
     assert "300 test images of toy" in printed
@@ -283,7 +283,7 @@ def test_show_draws_six_images_their_masks_and_predictions(trained, monkeypatch)
     figure = unet.Figure(layout="constrained")
     monkeypatch.setattr(unet, "Figure", Mock(return_value=figure))
     unet.show(checkpoint=trained)
-    images, masks = batch(unet.open_pairs("toy", "test")[::50])  # 6 of 300
+    images, masks = batch(TOYS[::50])  # 6 of 300
     saved, net = unet.load(trained)
     predictions = unet.compute_logits(net, images).argmax(dim=1)
     assert trained.with_suffix(".png").exists()

@@ -297,7 +297,7 @@ def predict(photo, checkpoint="unet.pt"):
     image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")  # upright
     square = pil_to_tensor(image.resize((saved["size"], saved["size"]), Image.BILINEAR))
     logits = compute_logits(net, square[None])
-    # Enlarge logits, not classes: their edges would become stairs.
+    # Enlarge logits, since enlarged classes would have stairs as edges.
     logits = nn.functional.interpolate(logits, image.size[::-1], mode="bilinear")
     colours = Image.fromarray(COLOURS[logits.argmax(dim=1)[0].cpu()].numpy())
     picture = f"{Path(photo).stem}-overlay.png"

@@ -37,7 +37,7 @@ def edited(edits):
     source = PAGE
     for old, new, times in edits:
         if PAGE.count(old) != times:
-            sys.exit(f"on the page {PAGE.count(old)} times and not {times}: {old}")
+            sys.exit(f"in unet.py {PAGE.count(old)} times and not {times}: {old}")
         source = source.replace(old, new)
     if "loss_fn = dice_loss" in source:
         source = source.replace("loss_fn = dice_loss", block("def dice_loss") + "\nloss_fn = dice_loss")
@@ -112,7 +112,7 @@ def check():
         check_several()
         check_mask()
         check_folders()
-    print(f"{len(CHOICES + MISTAKES)} rows, the class for two folders and several.py fit the page")
+    print(f"{len(CHOICES + MISTAKES)} rows, the class for two folders and several.py fit unet.py")
 
 def measure(data, words):
     for part, options in ((CHOICES, {"data": data, "epochs": 10}), (MISTAKES, {"data": "toy"})):
