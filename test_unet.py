@@ -71,26 +71,37 @@ def test_a_label_without_a_class_is_refused(mode, label):
     pytest.raises(ValueError, unet.PetDataset, pairs, 32).match(rf"trimap\.png.*{label}.*3")
 
 def test_an_index_error_of_a_dataset_is_not_taken_for_its_end():
-    pairs = MagicMock()
-    pairs.__len__.return_value = 3
-    pairs.__getitem__.side_effect = IndexError("a bug of the learner")
-    pytest.raises(IndexError, unet.PetDataset, pairs, 32).match("a bug")
+    pairs = torch.utils.data.Subset([], [0, 1, 2])  # it promises three, and has none
+    pytest.raises(IndexError, unet.PetDataset, pairs, 32)
 
-def test_every_shape_in_unet_py_is_the_real_one():
-    """Run UNet.forward line by line: are its comments right, and the drawing?"""
-    source = inspect.getsource(unet.UNet.forward).replace("def forward(self, x):", "x = x")
-    source = source.replace("return ", "logits = ")
-    lines = re.findall(r"((\w+) = .*) # \(N, +(\d+), +(\d+), +(\d+)\)", source)
-    values = {"self": unet.UNet(base=64), "torch": torch, "x": torch.zeros(2, 3, 128, 128)}
-    for code, name, *shape in lines:
-        exec(code, values)
-        assert values[name].shape == (2, *map(int, shape)), code
-    values |= {"image": values["x"], "bottleneck": values["b"]}
+def unet_after(images, base):
+    """A UNet that was run on images. Each part of it has kept what it got and what it made."""
+    def keep(part, inputs, output):
+        part.got, part.made = inputs[0], output
+    net = unet.UNet(base=base)
+    for part in net.children():
+        part.register_forward_hook(keep)
+    net(images)
+    return net
+
+def test_every_shape_comment_of_forward_is_true():
+    net = unet_after(torch.zeros(1, 3, 128, 128), base=64)
+    tensors = [net.enc1.got, net.enc1.made, net.enc2.made, net.enc3.made, net.enc4.made,
+               net.bottleneck.made, net.up4.made, net.dec4.got, net.dec4.made,
+               net.up3.made, net.dec3.got, net.dec3.made,
+               net.up2.made, net.dec2.got, net.dec2.made,
+               net.up1.made, net.dec1.got, net.dec1.made, net.final.made]
+    comments = re.findall(r"# \(N, +(\d+), +(\d+), +(\d+)\)", inspect.getsource(net.forward))
+    assert [[int(n) for n in shape] for shape in comments] == [[*x.shape[1:]] for x in tensors]
+
+def test_every_shape_of_the_drawing_is_true():
+    net = unet_after(torch.zeros(1, 3, 128, 128), base=64)
+    tensors = {name: part.made for name, part in net.named_children()}
+    tensors |= {"image": net.enc1.got, "logits": net.final.made}
     drawing = re.findall(r"(\w+) +\((\d+), (\d+), (\d+)\)", unet.__doc__)
+    assert len(drawing) == 11
     for name, *shape in drawing:
-        name = name.replace("enc", "e").replace("dec", "d")
-        assert values[name].shape == (2, *map(int, shape)), name
-    assert (len(lines), len(drawing)) == (19, 11)
+        assert [*tensors[name].shape[1:]] == [int(n) for n in shape], name
 
 def test_a_block_is_convolution_batchnorm_relu_twice():
     block, x = unet.conv_block(3, 5), torch.randn(2, 3, 8, 8)
@@ -98,16 +109,13 @@ def test_a_block_is_convolution_batchnorm_relu_twice():
     y = F.batch_norm(F.conv2d(y, block[3].weight, padding=1), None, None, training=True).relu()
     torch.testing.assert_close(block(x), y)
 
-@pytest.mark.parametrize("level", [1, 2, 3, 4])
-def test_a_decoder_block_gets_up_and_skip(level):
+def test_a_decoder_block_gets_up_and_skip():
     """Half of its input is what up made, the other half what enc made, before pooling."""
-    net, seen = unet.UNet(base=2), {}
-    enc, up, dec = [net.get_submodule(f"{part}{level}") for part in ("enc", "up", "dec")]
-    enc.register_forward_hook(lambda layer, inputs, output: seen.update(skip=output))
-    up.register_forward_hook(lambda layer, inputs, output: seen.update(up=output))
-    dec.register_forward_hook(lambda layer, inputs, output: seen.update(dec_input=inputs[0]))
-    net(torch.randn(1, 3, 32, 32))
-    assert torch.equal(seen["dec_input"], torch.cat((seen["up"], seen["skip"]), dim=1))
+    net = unet_after(torch.randn(1, 3, 32, 32), base=2)
+    assert torch.equal(net.dec4.got, torch.cat((net.up4.made, net.enc4.made), dim=1))
+    assert torch.equal(net.dec3.got, torch.cat((net.up3.made, net.enc3.made), dim=1))
+    assert torch.equal(net.dec2.got, torch.cat((net.up2.made, net.enc2.made), dim=1))
+    assert torch.equal(net.dec1.got, torch.cat((net.up1.made, net.enc1.made), dim=1))
 
 @pytest.mark.parametrize("device, gpu_has_bf16, cpu_has_bf16, bf16", [
     ("cpu", True, True, True), ("cpu", True, False, False), ("mps", True, True, False),
@@ -136,21 +144,20 @@ def test_a_command_has_its_tensors_on_the_device(words, trained, monkeypatch):
     for call in unet.loss_fn.call_args_list:
         assert [tensor.device.type for tensor in call.args] == ["meta", "meta"]
 
-def a_mask(digits):
-    return torch.tensor([[int(digit) for digit in digits]])  # (1, W)
-
-def an_image(digits):
-    """0 is red, 1 green, 2 blue. nn.Identity gives it back as its logits, so it predicts digits."""
-    return 255 * F.one_hot(a_mask(digits), 3).movedim(-1, 0).byte()  # (3, 1, W)
-
 def test_cross_entropy_by_hand():
     probabilities = torch.tensor([[0.6, 0.3], [0.2, 0.5], [0.2, 0.2]])  # 3 classes, 2 pixels
     logits = probabilities.log()  # softmax gives the probabilities back, as their sum is 1
     loss = unet.loss_fn(logits[None], torch.tensor([[0, 1]]))
     assert loss.item() == pytest.approx((-math.log(0.6) - math.log(0.5)) / 2)
 
+def sample(prediction, mask):
+    """An image, in which nn.Identity predicts red as class 0, green 1 and blue 2, and a mask."""
+    prediction = torch.tensor([[int(digit) for digit in prediction]])  # (1, W)
+    image = 255 * F.one_hot(prediction, 3).movedim(-1, 0).byte()  # (3, 1, W)
+    return image, torch.tensor([[int(digit) for digit in mask]])
+
 def test_iou_and_dice_by_hand():
-    scores = unet.evaluate(nn.Identity(), [(an_image("0110"), a_mask("1100"))])
+    scores = unet.evaluate(nn.Identity(), [sample(prediction="0110", mask="1100")])
     assert scores["IoU pet"] == pytest.approx(1 / 3)  # one of the pixels 1, 3 and 4
     assert scores["IoU background"] == pytest.approx(1 / 3)  # one of the pixels 1, 2 and 3
     assert math.isnan(scores["IoU border"])  # it is nowhere, and in no mean
@@ -158,18 +165,15 @@ def test_iou_and_dice_by_hand():
     assert scores["Dice"] == pytest.approx(2 / 4)
 
 def test_pixels_and_losses_count_equally_in_every_batch():
-    """Nine images of one pixel make a batch of eight and a batch of one."""
-    pairs = zip("000000122", "000000012")  # predictions and masks
-    dataset = [(an_image(prediction), a_mask(mask)) for prediction, mask in pairs]
+    dataset = [sample(*pair) for pair in zip("000000122", "000000012")]  # batches of 8 and 1
     scores = unet.evaluate(nn.Identity(), dataset)
-    losses = [unet.evaluate(nn.Identity(), [sample])["loss"] for sample in dataset]
+    losses = [unet.evaluate(nn.Identity(), [pair])["loss"] for pair in dataset]
     assert scores["mIoU"] == pytest.approx((6 / 7 + 0 / 2 + 1 / 2) / 3)
-    assert scores["Dice"] == pytest.approx((12 / 13 + 0 / 2 + 2 / 3) / 3)
     assert scores["loss"] == pytest.approx(sum(losses) / 9)
 
 def test_evaluate_is_not_in_training_mode():
-    dataset = [(an_image("012210"), a_mask("012210"))]
-    assert unet.evaluate(nn.Dropout(0.9).train(), dataset)["mIoU"] == 1  # it drops nothing
+    scores = unet.evaluate(nn.Dropout(0.9).train(), [sample("012210", "012210")])
+    assert scores["mIoU"] == 1  # nothing is dropped
 
 def test_gradients_do_not_pile_up():
     """The mean of the logits is linear in the weights, so all its gradients and steps are equal."""
@@ -219,7 +223,6 @@ def test_the_learning_rate_rises_to_lr_and_falls_almost_to_0(dry_run):
         optimizer.step()
         schedule.step()
     top = rates.index(max(rates))
-    assert 0 < top < 10  # in the first half
     assert rates == sorted(rates[:top]) + sorted(rates[top:], reverse=True)
     assert rates[top] == pytest.approx(0.02)
     assert max(rates[0], rates[-1]) < 0.002
@@ -261,10 +264,8 @@ def test_a_half_written_checkpoint_replaces_nothing():
     assert Path("unet.pt").read_text() == "precious"
 
 def test_a_network_of_other_layers_is_not_loaded():
-    net = unet.UNet(base=8)
-    net.final = nn.Conv2d(8, 3, 1, bias=False)
-    unet.save("other.pt", net, base=8)
-    pytest.raises(RuntimeError, unet.load, "other.pt").match("final")
+    unet.save("other.pt", nn.Conv2d(3, 3, 1), base=8)
+    pytest.raises(RuntimeError, unet.load, "other.pt").match("enc1")
 
 def test_a_pickle_that_would_run_a_command_is_refused():
     Path("evil.pt").write_bytes(b"cos\nsystem\n(S'touch sprung'\ntR.")  # os.system("touch sprung")
@@ -287,15 +288,14 @@ def test_show_draws_six_images_their_masks_and_predictions(trained, monkeypatch)
     saved, net = unet.load(trained)
     predictions = unet.compute_logits(net, images).argmax(dim=1)
     assert trained.with_suffix(".png").exists()
-    drawn = torch.tensor(figure.axes[0].images[0].get_array())
-    assert drawn.shape == (2 + 3 * 34, 2 + 6 * 34, 3)  # 32 pixels and a frame of 2
-    for k in range(6):
-        column = drawn[:, 2 + 34 * k:34 + 34 * k]
-        assert torch.equal(column[2:34], images[k].movedim(0, -1))
-        assert torch.equal(column[36:68], unet.COLOURS[masks[k]])
-        assert torch.equal(column[70:102], unet.COLOURS[predictions[k]])
-    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[1].lines}
-    assert lines["val loss"] == [row["val loss"] for row in saved["history"]]
+    grid = torch.tensor(figure.axes[0].images[0].get_array())
+    columns = grid[2:, 2:].split(34, dim=1)  # 32 pixels of a picture and a frame of 2
+    for column, image, mask, prediction in zip(columns, images, masks, predictions, strict=True):
+        first, second, third = column[:, :32].split(34)
+        assert torch.equal(first[:32], image.movedim(0, -1))
+        assert torch.equal(second[:32], unet.COLOURS[mask])
+        assert torch.equal(third[:32], unet.COLOURS[prediction])
+    assert [*figure.axes[1].lines[-2].get_ydata()] == [row["val loss"] for row in saved["history"]]
 
 def test_predict_draws_enlarged_logits_over_the_upright_photo(trained):
     photo, exif = TOYS[0][0], Image.Exif()
@@ -311,10 +311,9 @@ def test_predict_draws_enlarged_logits_over_the_upright_photo(trained):
     assert (drawn - wanted).abs().max() <= 1  # it is rounded
 
 def test_the_shell_and_a_call_train_the_same_network():
-    unet.train("toy", "a/1.pt", epochs=2, batch_size=60, size=48, base=2, lr=0.01, seed=3)
-    shell(*"train --data toy --checkpoint b/2.pt --epochs 2 --batch-size 60 --size 48".split(),
-          *"--base 2 --lr 0.01 --seed 3".split())
-    one, two = torch.load("a/1.pt"), torch.load("b/2.pt")
+    unet.train("toy", "a/1.pt", epochs=2, batch_size=9, size=48, base=2, lr=0.1, seed=3)
+    shell(*"train --data toy --epochs 2 --batch-size 9 --size 48 --base 2 --lr .1 --seed 3".split())
+    one, two = torch.load("a/1.pt"), torch.load("unet.pt")
     torch.testing.assert_close(one.pop("model"), two.pop("model"))
     assert one == two
     assert (one["data"], one["size"], one["base"], len(one["history"])) == ("toy", 48, 2, 2)
@@ -330,11 +329,12 @@ def test_a_wrong_option_ends_in_usage(words):
 
 @pytest.mark.parametrize("words, told", [
     ("test --checkpoint none.pt", "none.pt.*train"), ("test --data nowhere", "nowhere.*train"),
-    ("train", "no route.*toy"), ("predict none.jpg", "none.jpg"),
+    ("train", "no route.*toy"), ("test --data pets", "no route.*toy"),
     ("predict unet.pt", "unet.pt"), ("predict large.png", "bomb")])
 def test_an_error_of_a_file_or_the_internet_ends_in_one_line(words, told, trained, monkeypatch):
     Path("unet.pt").write_bytes(trained.read_bytes())
     TOYS[0][0].save("large.png")
+    Path("pets/oxford-iiit-pet/annotations").mkdir(parents=True)  # so `test` may use it
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=unet.URLError("no route")))
     pytest.raises(SystemExit, shell, *words.split()).match(rf"\A\s*.*{told}.*\Z")
