@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "unet.py").read_text(encoding="utf-8")
+SOURCE = (ROOT / "unet.py").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = {"data": "toy", "epochs": 2, "batch_size": 60, "size": 32, "base": 2}
 
@@ -33,22 +33,22 @@ def edits_of(row):
             yield lower(old, by), lower(new, by), 2 if twice else 1
 
 def edited(edits):
-    """The page as a module, with these edits. Each old code must be on it as often as told."""
-    source = PAGE
+    """unet.py as a module, with these edits. Each old code must be in it as often as told."""
+    source = SOURCE
     for old, new, times in edits:
-        if PAGE.count(old) != times:
-            sys.exit(f"in unet.py {PAGE.count(old)} times and not {times}: {old}")
+        if SOURCE.count(old) != times:
+            sys.exit(f"in unet.py {SOURCE.count(old)} times and not {times}: {old}")
         source = source.replace(old, new)
     if "loss_fn = dice_loss" in source:
         source = source.replace("loss_fn = dice_loss", block("def dice_loss") + "\nloss_fn = dice_loss")
-    page = types.ModuleType("page")
-    exec(compile(source, "unet.py", "exec"), vars(page))
-    return page
+    unet = types.ModuleType("unet")
+    exec(compile(source, "unet.py", "exec"), vars(unet))
+    return unet
 
-def outcome(page):
+def outcome(unet):
     """All that a tiny training can tell: the weights and the history."""
     try:
-        page.train(**TINY)
+        unet.train(**TINY)
     except IndexError as error:
         return repr(error)
     saved = torch.load("unet.pt")
@@ -61,34 +61,38 @@ def rows(part):
 
 CHOICES, MISTAKES = rows("What each choice is worth"), rows("Classic mistakes")
 
-def check_folders():
-    """The class for one's own images learns from two folders."""
-    page = edited([])
+def check_folders(masks, value):
+    """Folders learns from such masks. `value` turns the label of a trimap into the value of a mask."""
+    unet, folder = edited([]), Path(masks)
     for part in ("images", "masks"):
-        Path("own", part).mkdir(parents=True)
+        (folder / part).mkdir(parents=True)
     for k in range(10):
-        image, trimap = page.draw_pair(str(k))
-        image.save(f"own/images/{k}.jpg")
-        trimap.point(lambda label: 0 if label == 2 else 255).save(f"own/masks/{k}.png")
-    body = PAGE.split("    if split ==")[1].split("\n\nclass")[0]
-    old_classes = re.search(r"CLASSES = .*", PAGE)[0]
-    new_classes = re.search(r"CLASSES = \{.*?\}", README)[0]
-    page = edited([("    if split ==" + body, "    return Folders(data, split)", 1),
-                   (old_classes, new_classes + "\n\n" + block("class Folders"), 1)])
-    page.train(**TINY | {"data": "own", "batch_size": 4})
-    page.test()
-    page.show()
+        image, trimap = unet.draw_pair(str(k))
+        image.save(folder / f"images/{k}.jpg")
+        trimap.point(value).save(folder / f"masks/{k}.png")
+
+    script = (ROOT / ".github/folders.py").read_text()
+    Path(f"folders_{masks}.py").write_text(script.replace("to_trimap = white_on_black", f"to_trimap = {masks}"))
+    new_lines = block("import Folders").rstrip().replace("folders", f"folders_{masks}")
+    old_lines = "    if split ==" + SOURCE.split("    if split ==")[1].split("\n\nclass")[0]
+    old_classes = re.search(r"CLASSES = .*", SOURCE)[0]
+    new_classes = old_classes if masks == "class_numbers" else re.search(r"CLASSES = \{.*?\}", README)[0]
+    unet = edited([(old_lines, new_lines, 1), (old_classes, new_classes, 1)])
+    unet.train(**TINY | {"data": str(folder), "batch_size": 4})
+    unet.test()
+    unet.show()
 
 def check_mask():
     """The edit of `predict` writes a black-and-white mask."""
-    page = edited(edits_of(re.search(r".*`Image.blend.*", README)[0]))
-    page.draw_pair("0")[0].save("cat.jpg")
-    page.predict("cat.jpg")
+    edit = re.search(r"`Image.blend\S*.*?`.*?`.*?`", README, re.S)[0].replace("\n ", "")
+    unet = edited(edits_of(edit))
+    unet.draw_pair("0")[0].save("cat.jpg")
+    unet.predict("cat.jpg")
     if Image.open("cat-overlay.png").mode not in "1L":
         sys.exit("predict writes no black-and-white mask")
 
 def check_several():
-    """Two workers train one network, and the page can load it."""
+    """Two workers train one network, and unet.py can load it."""
     script = (ROOT / ".github/several.py").read_text().replace("128, 64, 5", "32, 2, 1")
     Path("several.py").write_text(script)
     command = "-m torch.distributed.run --standalone --nproc_per_node=2 several.py toy".split()
@@ -111,8 +115,10 @@ def check():
                 sys.exit(f"makes no difference: {row}")
         check_several()
         check_mask()
-        check_folders()
-    print(f"{len(CHOICES + MISTAKES)} rows, the class for two folders and several.py fit unet.py")
+        check_folders("white_on_black", lambda label: 0 if label == 2 else 255)
+        check_folders("class_numbers", lambda label: label - 1)
+        check_folders("objects", lambda label: 0 if label == 2 else label)
+    print(f"{len(CHOICES + MISTAKES)} rows, folders.py and several.py fit unet.py")
 
 def measure(data, words):
     for part, options in ((CHOICES, {"data": data, "epochs": 10}), (MISTAKES, {"data": "toy"})):
@@ -121,10 +127,10 @@ def measure(data, words):
                 continue
             for seed in range(3):
                 print(row.split("|")[1], f"seed {seed}", flush=True)
-                page = edited(edits_of(row))
+                unet = edited(edits_of(row))
                 try:
-                    page.train(base=16, seed=seed, **options)
-                    page.test()
+                    unet.train(base=16, seed=seed, **options)
+                    unet.test()
                 except IndexError as error:
                     print(repr(error))
 
@@ -135,5 +141,6 @@ if __name__ == "__main__":
     data = sys.argv[1] if sys.argv[1] == "--check" else str(Path(sys.argv[1]).resolve())
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
+        sys.path.insert(0, folder)
         check() if data == "--check" else measure(data, " ".join(sys.argv[2:]))
         os.chdir(ROOT)
