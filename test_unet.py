@@ -21,8 +21,8 @@ def fresh(monkeypatch, tmp_path):
     torch.manual_seed(SEED)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["unet.py"])
-    for name in ("DEVICE", "BF16", "loss_fn", "open_pairs"):
-        monkeypatch.setattr(unet, name, getattr(unet, name))
+    for name in "DEVICE BF16 Figure evaluate loss_fn open_pairs save train_epoch".split():
+        monkeypatch.setattr(unet, name, getattr(unet, name))  # set back afterwards
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -36,6 +36,12 @@ def shell(*words):
 
 def batch(pairs):
     return next(iter(unet.DataLoader(unet.PetDataset(pairs, 32), len(pairs))))
+
+def test_test_images_are_those_of_the_test_list():
+    Path("data/oxford-iiit-pet/images").mkdir(parents=True)
+    Path("data/oxford-iiit-pet/annotations").mkdir()
+    Path("data/oxford-iiit-pet/annotations/test.txt").write_text("cat_1 1 1 1\ncat_2 1 1 1\n")
+    assert len(unet.open_pairs("data", "test")) == 2
 
 def test_a_sample_is_an_image_of_bytes_and_a_mask_of_classes():
     dataset = unet.PetDataset(TOYS[:1], 128)
@@ -88,20 +94,10 @@ def test_every_shape_comment_of_forward_is_true():
     net = unet_after(torch.zeros(1, 3, 128, 128), base=64)
     tensors = [net.enc1.got, net.enc1.made, net.enc2.made, net.enc3.made, net.enc4.made,
                net.bottleneck.made, net.up4.made, net.dec4.got, net.dec4.made,
-               net.up3.made, net.dec3.got, net.dec3.made,
-               net.up2.made, net.dec2.got, net.dec2.made,
-               net.up1.made, net.dec1.got, net.dec1.made, net.final.made]
+               net.up3.made, net.dec3.got, net.dec3.made, net.up2.made, net.dec2.got,
+               net.dec2.made, net.up1.made, net.dec1.got, net.dec1.made, net.final.made]
     comments = re.findall(r"# \(N, +(\d+), +(\d+), +(\d+)\)", inspect.getsource(net.forward))
     assert [[int(n) for n in shape] for shape in comments] == [[*x.shape[1:]] for x in tensors]
-
-def test_every_shape_of_the_drawing_is_true():
-    net = unet_after(torch.zeros(1, 3, 128, 128), base=64)
-    tensors = {name: part.made for name, part in net.named_children()}
-    tensors |= {"image": net.enc1.got, "logits": net.final.made}
-    drawing = re.findall(r"(\w+) +\((\d+), (\d+), (\d+)\)", unet.__doc__)
-    assert len(drawing) == 11
-    for name, *shape in drawing:
-        assert [*tensors[name].shape[1:]] == [int(n) for n in shape], name
 
 def test_a_block_is_convolution_batchnorm_relu_twice():
     block, x = unet.conv_block(3, 5), torch.randn(2, 3, 8, 8)
@@ -110,22 +106,25 @@ def test_a_block_is_convolution_batchnorm_relu_twice():
     torch.testing.assert_close(block(x), y)
 
 def test_a_decoder_block_gets_up_and_skip():
-    """Half of its input is what up made, the other half what enc made, before pooling."""
     net = unet_after(torch.randn(1, 3, 32, 32), base=2)
     assert torch.equal(net.dec4.got, torch.cat((net.up4.made, net.enc4.made), dim=1))
     assert torch.equal(net.dec3.got, torch.cat((net.up3.made, net.enc3.made), dim=1))
     assert torch.equal(net.dec2.got, torch.cat((net.up2.made, net.enc2.made), dim=1))
     assert torch.equal(net.dec1.got, torch.cat((net.up1.made, net.enc1.made), dim=1))
 
+def test_every_weight_takes_part():
+    net = unet.UNet(base=2)
+    net(torch.randn(1, 3, 32, 32)).sum().backward()
+    assert [name for name, weight in net.named_parameters() if weight.grad is None] == []
+
 @pytest.mark.parametrize("device, gpu_has_bf16, cpu_has_bf16, bf16", [
     ("cpu", True, True, True), ("cpu", True, False, False), ("mps", True, True, False),
     ("cuda", True, False, True), ("cuda", False, True, False)])
 def test_device_and_bf16_follow_the_hardware(device, gpu_has_bf16, cpu_has_bf16, bf16, monkeypatch):
-    def is_bf16_supported(including_emulation=True):  # an old GPU only emulates it
-        return gpu_has_bf16 or including_emulation
     found = None if device == "cpu" else torch.device(device)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", Mock(return_value=found))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",  # an old GPU emulates it
+                        lambda including_emulation=True: gpu_has_bf16 or including_emulation)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": cpu_has_bf16})
     values = runpy.run_path(unet.__file__)
     assert (values["DEVICE"].type, values["BF16"]) == (device, bf16)
@@ -133,16 +132,22 @@ def test_device_and_bf16_follow_the_hardware(device, gpu_has_bf16, cpu_has_bf16,
 @pytest.mark.filterwarnings("ignore:.*is a no-op")  # a meta tensor takes no saved values
 @pytest.mark.parametrize("words", ["train --data toy --size 32", "test", "show", "predict cat.jpg"])
 def test_a_command_has_its_tensors_on_the_device(words, trained, monkeypatch):
-    """Meta tensors have no values, so reading one is an error. Mixing devices is another error."""
+    """Meta tensors have no values. A command must go well until it reads one, which is an error."""
     TOYS[0][0].save("cat.jpg")
     Path("unet.pt").write_bytes(trained.read_bytes())
     unet.DEVICE = torch.device("meta")
     unet.loss_fn = Mock(return_value=torch.tensor(1.0, requires_grad=True))
     monkeypatch.setattr(torch, "autocast", MagicMock())
     pytest.raises(RuntimeError, shell, *words.split()).match("meta tensor")
-    assert torch.autocast.call_args == (("meta", torch.bfloat16), {"enabled": False})
+    torch.autocast.assert_called_with("meta", torch.bfloat16, enabled=False)
     for call in unet.loss_fn.call_args_list:
         assert [tensor.device.type for tensor in call.args] == ["meta", "meta"]
+
+def test_bfloat16_changes_logits_only_a_little():
+    net, images = unet.UNet(base=8).eval(), batch(TOYS[:2])[0]
+    logits = unet.compute_logits(net, images)
+    unet.BF16 = True
+    torch.testing.assert_close(unet.compute_logits(net, images), logits, atol=0.02, rtol=0)
 
 def test_cross_entropy_by_hand():
     probabilities = torch.tensor([[0.6, 0.3], [0.2, 0.5], [0.2, 0.2]])  # 3 classes, 2 pixels
@@ -159,13 +164,12 @@ def sample(prediction, mask):
 def test_iou_and_dice_by_hand():
     scores = unet.evaluate(nn.Identity(), [sample(prediction="0110", mask="1100")])
     assert scores["IoU pet"] == pytest.approx(1 / 3)  # one of the pixels 1, 3 and 4
-    assert scores["IoU background"] == pytest.approx(1 / 3)  # one of the pixels 1, 2 and 3
     assert math.isnan(scores["IoU border"])  # it is nowhere, and in no mean
     assert scores["mIoU"] == pytest.approx(1 / 3)
     assert scores["Dice"] == pytest.approx(2 / 4)
 
-def test_pixels_and_losses_count_equally_in_every_batch():
-    dataset = [sample(*pair) for pair in zip("000000122", "000000012")]  # batches of 8 and 1
+def test_pixels_and_losses_count_equally_in_batches_of_8_and_1():
+    dataset = [sample(prediction, mask) for prediction, mask in zip("000000122", "000000012")]
     scores = unet.evaluate(nn.Identity(), dataset)
     losses = [unet.evaluate(nn.Identity(), [pair])["loss"] for pair in dataset]
     assert scores["mIoU"] == pytest.approx((6 / 7 + 0 / 2 + 1 / 2) / 3)
@@ -173,7 +177,7 @@ def test_pixels_and_losses_count_equally_in_every_batch():
 
 def test_evaluate_is_not_in_training_mode():
     scores = unet.evaluate(nn.Dropout(0.9).train(), [sample("012210", "012210")])
-    assert scores["mIoU"] == 1  # nothing is dropped
+    assert scores["mIoU"] == 1  # nothing was dropped
 
 def test_gradients_do_not_pile_up():
     """The mean of the logits is linear in the weights, so all its gradients and steps are equal."""
@@ -183,13 +187,13 @@ def test_gradients_do_not_pile_up():
     for _ in range(3):
         weights.append(net.weight.detach().clone())
         unet.train_epoch(net, [batch(TOYS[:2])], optimizer, Mock())
-    assert not torch.equal(weights[0], weights[1])
     torch.testing.assert_close(weights[2] - weights[1], weights[1] - weights[0])
 
 def test_an_epoch_trains_in_every_step_and_returns_the_mean_loss():
-    unet.loss_fn = Mock(side_effect=torch.tensor([1.0, 4.0], requires_grad=True).unbind())
+    losses = [torch.tensor(loss, requires_grad=True) for loss in (1.0, 4.0)]
+    unet.loss_fn = Mock(side_effect=losses)
     net, optimizer, schedule = unet.UNet(base=2).eval(), Mock(), Mock()
-    assert unet.train_epoch(net, [batch(TOYS[:2])] * 2, optimizer, schedule) == 2.5  # the mean
+    assert unet.train_epoch(net, [batch(TOYS[:2])] * 2, optimizer, schedule) == 2.5
     assert net.training
     assert optimizer.step.call_count == schedule.step.call_count == 2
 
@@ -200,22 +204,19 @@ def test_overfits_one_batch():
         loss = unet.train_epoch(net, [one_batch], optimizer, Mock())
     assert loss < 0.1
 
-@pytest.fixture
-def dry_run(monkeypatch):
+def dry_run(train_loss=1.0, val_loss=1.0, **options):
     """`train` on greys 0, 20, ... 180, without steps: the arguments of train_epoch, and val_set."""
     pairs = [(Image.new("RGB", (9, 9), (20 * k,) * 3), TOYS[k][1]) for k in range(10)]
-    monkeypatch.setattr(unet, "open_pairs", lambda data, split: {"trainval": pairs}[split])
-    def run(train_loss=1.0, val_loss=1.0, **options):
-        monkeypatch.setattr(unet, "train_epoch", Mock(return_value=train_loss))
-        monkeypatch.setattr(unet, "evaluate", Mock(return_value={"loss": val_loss, "mIoU": 0.5}))
-        unet.train(size=32, base=2, **options)
-        return *unet.train_epoch.call_args.args, unet.evaluate.call_args.args[1]
-    return run
+    unet.open_pairs = lambda data, split: {"trainval": pairs}[split]  # no other split
+    unet.train_epoch = Mock(return_value=train_loss)
+    unet.evaluate = Mock(return_value={"loss": val_loss, "mIoU": 0.5})
+    unet.train(size=32, base=2, **options)
+    return *unet.train_epoch.call_args.args, unet.evaluate.call_args.args[1]
 
 def greys(dataset):
     return [image[0, 0, 0].item() for image, mask in dataset]
 
-def test_the_learning_rate_rises_to_lr_and_falls_almost_to_0(dry_run):
+def test_the_learning_rate_rises_to_lr_and_falls_almost_to_0():
     net, loader, optimizer, schedule, val_set = dry_run(epochs=5, batch_size=2, lr=0.02)
     rates = []
     for _ in range(5 * 8 // 2):  # epochs of 8 training images in batches of 2
@@ -227,25 +228,28 @@ def test_the_learning_rate_rises_to_lr_and_falls_almost_to_0(dry_run):
     assert rates[top] == pytest.approx(0.02)
     assert max(rates[0], rates[-1]) < 0.002
 
-def test_validation_images_are_never_learned(dry_run):
+def test_validation_images_are_never_learned():
     net, loader, optimizer, schedule, val_set = dry_run()
     assert sorted(greys(loader.dataset) + greys(val_set)) == list(range(0, 200, 20))
 
-def test_training_images_are_mirrored_and_shuffled(dry_run):
+def test_training_images_are_mirrored_and_shuffled():
     net, loader, optimizer, schedule, val_set = dry_run()
     assert (loader.dataset.mirror, val_set.mirror) == (True, False)
     assert isinstance(loader.sampler, torch.utils.data.RandomSampler)
 
-def test_each_seed_validates_the_same_images_with_other_weights(dry_run):
+def test_each_seed_validates_the_same_images_with_other_weights():
     net1, *_, val_set1 = dry_run(seed=1)
     net2, *_, val_set2 = dry_run(seed=2)
     assert greys(val_set1) == greys(val_set2)
     assert greys(val_set1) not in ([0, 20], [160, 180])  # the list is shuffled
     assert not torch.equal(net1.final.weight, net2.final.weight)
 
-def test_the_history_has_a_row_for_each_epoch(dry_run):
+def test_each_epoch_is_saved_and_adds_to_the_history():
+    unet.save = Mock()
     dry_run(train_loss=3.0, val_loss=2.0, epochs=2)
-    assert torch.load("unet.pt")["history"] == 2 * [{"train loss": 3, "val loss": 2, "mIoU": 0.5}]
+    assert unet.save.call_count == 2
+    row = {"train loss": 3.0, "val loss": 2.0, "mIoU": 0.5}
+    assert unet.save.call_args.kwargs["history"] == [row, row]
 
 @pytest.mark.parametrize("option, told", [({"data": "few"}, "few.*4.*5"), ({"size": 40}, "16.*40")])
 def test_what_cannot_be_trained_is_refused_at_once(option, told):
@@ -253,7 +257,7 @@ def test_what_cannot_be_trained_is_refused_at_once(option, told):
     pytest.raises(ValueError, unet.train, **option).match(told)
 
 @pytest.mark.parametrize("train_loss, val_loss", [(math.nan, 1), (1, math.nan), (1, math.inf)])
-def test_a_loss_that_is_not_finite_keeps_the_old_checkpoint(train_loss, val_loss, dry_run):
+def test_a_loss_that_is_not_finite_keeps_the_old_checkpoint(train_loss, val_loss):
     Path("unet.pt").write_text("precious")
     pytest.raises(ValueError, dry_run, train_loss, val_loss).match("lr")
     assert Path("unet.pt").read_text() == "precious"
@@ -270,32 +274,30 @@ def test_a_network_of_other_layers_is_not_loaded():
 def test_a_pickle_that_would_run_a_command_is_refused():
     Path("evil.pt").write_bytes(b"cos\nsystem\n(S'touch sprung'\ntR.")  # os.system("touch sprung")
     pytest.raises(pickle.UnpicklingError, unet.load, "evil.pt")
-    assert not Path("sprung").exists()
 
 def test_test_scores_the_data_of_the_checkpoint(trained, capsys):
     saved, net = unet.load(trained)
     scores = unet.evaluate(net, unet.PetDataset(TOYS, 32))
     shell("test", "--checkpoint", trained)
     printed = capsys.readouterr().out
-    assert "300 test images of toy" in printed
     assert all(f"{name} {value:.3f}" in printed for name, value in scores.items())
 
-def test_show_draws_six_images_their_masks_and_predictions(trained, monkeypatch):
+def test_show_draws_six_images_their_masks_and_predictions(trained):
     figure = unet.Figure(layout="constrained")
-    monkeypatch.setattr(unet, "Figure", Mock(return_value=figure))
+    unet.Figure = Mock(return_value=figure)
     unet.show(checkpoint=trained)
     images, masks = batch(TOYS[::50])  # 6 of 300
     saved, net = unet.load(trained)
     predictions = unet.compute_logits(net, images).argmax(dim=1)
-    assert trained.with_suffix(".png").exists()
     grid = torch.tensor(figure.axes[0].images[0].get_array())
-    columns = grid[2:, 2:].split(34, dim=1)  # 32 pixels of a picture and a frame of 2
-    for column, image, mask, prediction in zip(columns, images, masks, predictions, strict=True):
-        first, second, third = column[:, :32].split(34)
-        assert torch.equal(first[:32], image.movedim(0, -1))
-        assert torch.equal(second[:32], unet.COLOURS[mask])
-        assert torch.equal(third[:32], unet.COLOURS[prediction])
+    assert grid.shape == (2 + 3 * 34, 2 + 6 * 34, 3)  # 32 pixels and a frame of 2
+    for k in range(6):
+        column = grid[:, 2 + 34 * k:34 + 34 * k]
+        assert torch.equal(column[2:34], images[k].movedim(0, -1))
+        assert torch.equal(column[36:68], unet.COLOURS[masks[k]])
+        assert torch.equal(column[70:102], unet.COLOURS[predictions[k]])
     assert [*figure.axes[1].lines[-2].get_ydata()] == [row["val loss"] for row in saved["history"]]
+    assert trained.with_suffix(".png").exists()
 
 def test_predict_draws_enlarged_logits_over_the_upright_photo(trained):
     photo, exif = TOYS[0][0], Image.Exif()
@@ -303,7 +305,7 @@ def test_predict_draws_enlarged_logits_over_the_upright_photo(trained):
     photo.transpose(Image.Transpose.ROTATE_90).convert("RGBA").save("a.b.png", exif=exif)
     shell("predict", "a.b.png", "--checkpoint", trained)
     saved, net = unet.load(trained)
-    assert not net.training
+    assert not net.training  # load calls eval
     logits = unet.compute_logits(net, batch(TOYS[:1])[0])
     classes = F.interpolate(logits, size=(160, 192), mode="bilinear").argmax(dim=1)[0]
     wanted = (unet.COLOURS[classes].float().movedim(-1, 0) + unet.pil_to_tensor(photo)) / 2
@@ -329,12 +331,10 @@ def test_a_wrong_option_ends_in_usage(words):
 
 @pytest.mark.parametrize("words, told", [
     ("test --checkpoint none.pt", "none.pt.*train"), ("test --data nowhere", "nowhere.*train"),
-    ("train", "no route.*toy"), ("test --data pets", "no route.*toy"),
-    ("predict unet.pt", "unet.pt"), ("predict large.png", "bomb")])
+    ("train", "no route.*toy"), ("predict unet.pt", "unet.pt"), ("predict large.png", "bomb")])
 def test_an_error_of_a_file_or_the_internet_ends_in_one_line(words, told, trained, monkeypatch):
     Path("unet.pt").write_bytes(trained.read_bytes())
     TOYS[0][0].save("large.png")
-    Path("pets/oxford-iiit-pet/annotations").mkdir(parents=True)  # so `test` may use it
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=unet.URLError("no route")))
     pytest.raises(SystemExit, shell, *words.split()).match(rf"\A\s*.*{told}.*\Z")

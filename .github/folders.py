@@ -1,6 +1,8 @@
 """Your own images and masks as data for unet.py. Copy this file beside it.
 
-The folder has images/ and masks/. The mask of images/a.jpg is masks/a.png or masks/a_mask.png."""
+The mask of images/a.jpg is masks/a.png or masks/a_mask.png, or has any other suffix that Pillow
+can read. Every fifth image in the order of the names is for the test. Sort them yourself if images
+of one patient, slide or film would be on both sides."""
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -8,19 +10,19 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 def white_on_black(mask):
     """White becomes label 1, for the first class, and black becomes label 2."""
-    if mask.mode[0] in "IF":
-        raise ValueError(f"{mask.filename}: more than 8 bits")
+    if mask.mode[0] in "IF":  # Pillow's modes with more than 8 bits
+        raise ValueError(f"{mask.filename}: more than 8 bits, see `to_trimap` in folders.py")
     levels = mask.convert("L")
 
-    # JPEG makes pixels at edges grey, but not many of them.
+    # A JPEG has grey pixels at edges, but not many. A mask may be black, but not nearly black.
     grey = sum(levels.histogram()[64:192]) / (mask.width * mask.height)
     brightest = levels.getextrema()[1]
     if grey > 0.05 or 0 < brightest < 192:
-        raise ValueError(f"{mask.filename}: not black and white")
+        raise ValueError(f"{mask.filename}: not black and white, see `to_trimap` in folders.py")
     return levels.point(lambda value: 1 if value > 127 else 2)
 
 def class_numbers(mask):
-    """The number of the class, from 0, becomes the label, from 1."""
+    """The number of a class, from 0, becomes its label, from 1."""
     if mask.mode not in ("L", "P"):
         raise ValueError(f"{mask.filename}: has colours or more than 8 bits")
     return mask.point(lambda value: value + 1)
@@ -30,10 +32,10 @@ def objects(mask):
     values = pil_to_tensor(mask).float().amax(dim=0)  # (H, W)
     return to_pil_image(2 - (values > 0).byte())
 
-to_trimap = white_on_black
+to_trimap = white_on_black  # or class_numbers, or objects
 
 class Folders:
-    """Pairs (RGB image, trimap) of the split "trainval" or, every fifth of them, "test"."""
+    """The pairs (RGB image, trimap) of the split "trainval" or "test"."""
     def __init__(self, folder, split):
         self.pairs = []
         images = [path for path in Path(folder, "images").iterdir() if path.name[0] != "."]
@@ -42,7 +44,8 @@ class Folders:
                      if path.stem.removesuffix("_mask") == image.stem]
             if len(masks) != 1:
                 raise ValueError(f"{image}: {len(masks)} masks of its name in {folder}/masks")
-            if (i % 5 == 4) == (split == "test"):
+            for_test = i % 5 == 4
+            if for_test == (split == "test"):
                 self.pairs.append((image, masks[0]))
 
     def __len__(self):
