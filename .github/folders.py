@@ -1,8 +1,8 @@
 """Your own images and masks as data for unet.py. Copy this file beside it.
 
 The mask of images/a.jpg is masks/a.png or masks/a_mask.png, or has any other suffix that Pillow
-can read. Every fifth image in the order of the names is for the test. Sort them yourself if images
-of one patient, slide or film would be on both sides."""
+can read. Every fifth image, in the order of the names, is for the test. Edit `for_test` if images of
+one patient, slide or film must stay together."""
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -29,7 +29,7 @@ def class_numbers(mask):
 
 def objects(mask):
     """Any number or colour becomes label 1, but 0 or black, the background, becomes label 2."""
-    values = pil_to_tensor(mask).float().amax(dim=0)  # (H, W)
+    values = pil_to_tensor(mask)[:3].float().amax(dim=0)  # (H, W), without transparency
     return to_pil_image(2 - (values > 0).byte())
 
 to_trimap = white_on_black  # or class_numbers, or objects
@@ -38,7 +38,8 @@ class Folders:
     """The pairs (RGB image, trimap) of the split "trainval" or "test"."""
     def __init__(self, folder, split):
         self.pairs = []
-        images = [path for path in Path(folder, "images").iterdir() if path.name[0] != "."]
+        files = Path(folder, "images").iterdir()
+        images = [path for path in files if not path.name.startswith(".")]  # .DS_Store
         for i, image in enumerate(sorted(images)):
             masks = [path for path in Path(folder, "masks").iterdir()
                      if path.stem.removesuffix("_mask") == image.stem]

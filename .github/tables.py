@@ -57,7 +57,8 @@ def outcome(unet):
 def rows(part):
     """The rows of a section of the README that have an edit, or none: "unchanged"."""
     section = README.split(f"\n## {part}")[1].split("\n## ")[0]
-    return re.findall(r"^\| .*(?:→|unchanged).*$", section, re.M)
+    found = re.findall(r"^\| .*(?:→|unchanged).*$", section, re.M)
+    return list(dict.fromkeys(found))  # "unchanged" is the first row of each table
 
 CHOICES, MISTAKES = rows("What each choice is worth"), rows("Classic mistakes")
 
