@@ -33,7 +33,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 # -------- data --------
 # A trimap is an image of labels: 1 is pet, 2 is background, and 3 is border.
-# A mask holds the labels minus 1. These colours draw it.
+# A mask holds labels minus 1, as classes count from 0. These colours draw it.
 CLASSES = {"pet": (230, 159, 0), "background": (0, 90, 150), "border": (240, 240, 240)}
 COLOURS = torch.tensor(list(CLASSES.values()), dtype=torch.uint8)  # (classes, 3)
 
@@ -116,7 +116,7 @@ class UNet(nn.Module):
         b = self.bottleneck(self.pool(e4))  # (N, 1024,   8,   8)
 
         # A level doubles H and W and puts the skip's channels beside its own (dim 1).
-        # A sum would mix both before dec4 weighs them. With (d4, 0 * e4) this skip is cut.
+        # A sum would mix both before dec4 weighs them. (d4, 0 * e4) cuts this skip.
         d4 = self.up4(b)                    # (N,  512,  16,  16)
         d4 = torch.cat((d4, e4), dim=1)     # (N, 1024,  16,  16)
         d4 = self.dec4(d4)                  # (N,  512,  16,  16)
@@ -138,7 +138,7 @@ class UNet(nn.Module):
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 # Mixed precision: weights stay float32, but autocast computes convolutions in bfloat16,
-# which has fewer digits than float32 but its range, and is fast on some hardware.
+# which has float32's range but fewer digits, and is fast on some hardware.
 BF16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 if DEVICE.type == "cpu":
     BF16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -164,7 +164,7 @@ def evaluate(net, dataset):
     With mask 1 1 0 0 and prediction 0 1 1 0, class 1 has IoU intersection / union = 1/3
     and Dice 2 * intersection / (sum of both areas) = 2/4. mIoU and Dice are means over
     the classes, without those that occur nowhere (nan)."""
-    net.eval()  # BatchNorm uses the running mean and variance of training
+    net.eval()  # BatchNorm uses the mean and variance averaged in training
     total_loss = 0
     intersection, union = torch.zeros(2, len(CLASSES), dtype=torch.int64, device=DEVICE)
 
@@ -177,7 +177,7 @@ def evaluate(net, dataset):
             union[c] += ((predictions == c) | (masks == c)).sum()
 
     iou = intersection / union
-    dice = 2 * iou / (1 + iou)  # as both areas = union + intersection
+    dice = 2 * iou / (1 + iou)  # the areas add up to union + intersection
     class_iou = {f"IoU {name}": value for name, value in zip(CLASSES, iou.tolist())}
     return {"loss": total_loss / len(dataset), "mIoU": iou.nanmean().item(),
             "Dice": dice.nanmean().item(), **class_iou}
@@ -223,7 +223,7 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
     if len(pairs) < 5:
         raise ValueError(f"{data} has {len(pairs)} images for training, but needs 5")
 
-    # The list is sorted by breed, so it is shuffled, the same way in all runs.
+    # The list is sorted by breed, so it is shuffled, the same way for every seed.
     generator = torch.Generator().manual_seed(0)
     train_pairs, val_pairs = random_split(pairs, (0.8, 0.2), generator)
     print(f"{len(train_pairs)} training, {len(val_pairs)} validation images, {DEVICE}")
@@ -234,7 +234,7 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
     torch.manual_seed(seed)  # for initial weights, image order and mirroring
     loader = DataLoader(train_set, batch_size, shuffle=True)
     net = UNet(base=base).to(DEVICE)
-    # These betas shorten AdamW's memory of gradients. cycle_momentum would replace 0.5.
+    # With these betas AdamW averages fewer gradients. cycle_momentum would replace 0.5.
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.5, 0.99))
     # The learning rate rises to lr, as large steps would upset untrained weights. Then
     # it falls to almost 0, so that the weights settle.
