@@ -20,7 +20,6 @@ def fresh(monkeypatch, tmp_path):
     """Each test starts from the same seed, in an empty folder. It may set these globals."""
     torch.manual_seed(SEED)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["unet.py"])
     for name in "DEVICE BF16 Figure evaluate loss_fn open_pairs save train_epoch".split():
         monkeypatch.setattr(unet, name, getattr(unet, name))  # and undo it afterwards
 
@@ -35,7 +34,7 @@ def trained(toy_checkpoint):
     Path("unet.pt").write_bytes(toy_checkpoint)
 
 def shell(words):
-    sys.argv[1:] = words.split()
+    sys.argv = ["unet.py", *words.split()]
     unet.main()
 
 def batch(pairs):
@@ -144,13 +143,14 @@ def test_a_command_has_its_tensors_on_the_device(words, trained, monkeypatch):
     for call in unet.loss_fn.call_args_list:
         assert [tensor.device.type for tensor in call.args] == ["meta", "meta"]
 
-def test_bfloat16_changes_logits_a_little():
-    net, images = unet.UNet(base=8).eval(), batch(TOYS[:2])[0]
+def test_bfloat16_rounds_the_logits_a_little(trained):
+    saved, net = unet.load("unet.pt")
+    images, masks = batch(TOYS[:2])
     logits = unet.compute_logits(net, images)
     unet.BF16 = True
     rounded = unet.compute_logits(net, images)
-    torch.testing.assert_close(rounded, logits, atol=0.02, rtol=0)
-    assert not torch.equal(rounded, logits)
+    assert rounded.dtype == torch.float32
+    assert 0.001 < (rounded - logits).abs().max() < 0.3  # the largest logits are about 3
 
 def test_cross_entropy_by_hand():
     probabilities = torch.tensor([[0.6, 0.3], [0.2, 0.5], [0.2, 0.2]])  # 3 classes, 2 pixels
@@ -288,9 +288,9 @@ def test_test_scores_the_data_of_the_checkpoint(trained, capsys):
 def test_show_draws_images_masks_predictions_and_curves(trained):
     figure = unet.Figure(layout="constrained")
     unet.Figure = Mock(return_value=figure)
-    unet.show()
+    unet.show(checkpoint=Path("unet.pt").rename("a.pt"))
     images, masks = batch(TOYS[::50])  # 6 of 300
-    saved, net = unet.load("unet.pt")
+    saved, net = unet.load("a.pt")
     predictions = unet.compute_logits(net, images).argmax(dim=1)
     grid = torch.tensor(figure.axes[0].images[0].get_array())
     assert grid.shape == (2 + 3 * 34, 2 + 6 * 34, 3)  # 32 pixels and a frame of 2
@@ -300,7 +300,7 @@ def test_show_draws_images_masks_predictions_and_curves(trained):
         assert torch.equal(column[36:68], unet.COLOURS[masks[k]])
         assert torch.equal(column[70:102], unet.COLOURS[predictions[k]])
     assert [*figure.axes[1].lines[-2].get_ydata()] == [row["val loss"] for row in saved["history"]]
-    assert Path("unet.png").exists()
+    assert Path("a.png").exists()
 
 def test_predict_draws_enlarged_logits_over_the_upright_photo(trained):
     photo, exif = TOYS[0][0], Image.Exif()
