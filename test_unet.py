@@ -40,7 +40,7 @@ def shell(words):
 def batch(pairs):
     return next(iter(unet.DataLoader(unet.PetDataset(pairs, 32), len(pairs))))
 
-def test_pets_of_the_test_list_are_the_test_images():
+def test_the_test_split_is_read_from_its_list():
     Path("data/oxford-iiit-pet/images").mkdir(parents=True)
     Path("data/oxford-iiit-pet/annotations").mkdir()
     Path("data/oxford-iiit-pet/annotations/test.txt").write_text("cat_1 1 1 1\ncat_2 1 1 1\n")
@@ -78,7 +78,7 @@ def test_a_label_without_a_class_is_refused(mode, label):
     pairs = [(TOYS[0][0], Image.open("trimap.png"))]
     pytest.raises(ValueError, unet.PetDataset, pairs, 32).match(rf"trimap\.png.*{label}.*3")
 
-def test_an_index_error_of_a_dataset_is_not_taken_for_its_end():
+def test_a_missing_pair_is_an_error_and_not_the_end_of_the_list():
     pairs = torch.utils.data.Subset([], [0, 1, 2])  # it promises three, and has none
     pytest.raises(IndexError, unet.PetDataset, pairs, 32)
 
@@ -133,7 +133,7 @@ def test_bf16_follows_the_hardware(device, has_bf16, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*is a no-op")  # a meta tensor takes no saved values
 @pytest.mark.parametrize("words", ["train --data toy --size 32", "test", "show", "predict cat.jpg"])
 def test_a_command_has_its_tensors_on_the_device(words, trained, monkeypatch):
-    """A meta tensor has no values. To read one is the only error that a command may meet."""
+    """Meta tensors have no values. A command must fail at reading one, not at mixing devices."""
     TOYS[0][0].save("cat.jpg")
     unet.DEVICE = torch.device("meta")
     unet.loss_fn = Mock(return_value=torch.tensor(1.0, requires_grad=True))
@@ -188,7 +188,7 @@ def test_gradients_do_not_pile_up():
     unet.loss_fn = lambda logits, masks: logits.mean()
     net, weights = nn.Conv2d(3, 3, 1), []
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    schedule = Mock(step=lambda: weights.append(net.weight.detach().clone()))
+    schedule = Mock(step=lambda: weights.append(net.weight.detach().clone()))  # after each move
     unet.train_epoch(net, 3 * [batch(TOYS[:2])], optimizer, schedule)
     torch.testing.assert_close(weights[2] - weights[1], weights[1] - weights[0])
 
@@ -220,7 +220,7 @@ def test_a_pickle_that_would_run_a_command_is_refused():
     pytest.raises(pickle.UnpicklingError, unet.load, "evil.pt")
 
 def dry_run(train_loss=1.0, val_loss=1.0, **options):
-    """`train` on greys 0, 20, ... 180, without steps: train_epoch's arguments, and val_set."""
+    """Call `train` on greys 0, 20, ... 180 without steps. Give train_epoch's arguments and val_set."""
     pairs = [(Image.new("RGB", (9, 9), (20 * k,) * 3), TOYS[k][1]) for k in range(10)]
     unet.open_pairs = lambda data, split: pairs if split == "trainval" else None
     unet.train_epoch = Mock(return_value=train_loss)
