@@ -220,7 +220,7 @@ def test_a_pickle_that_would_run_a_command_is_refused():
     pytest.raises(pickle.UnpicklingError, unet.load, "evil.pt")
 
 def dry_run(train_loss=1.0, val_loss=1.0, **options):
-    """Call `train` on greys 0, 20, ... 180 without steps. Give train_epoch's arguments, val_set."""
+    """Train on greys 0, 20, ... 180, but without steps. Return train_epoch's inputs and val_set."""
     pairs = [(Image.new("RGB", (9, 9), (20 * k,) * 3), TOYS[k][1]) for k in range(10)]
     unet.open_pairs = lambda data, split: pairs if split == "trainval" else None
     unet.train_epoch = Mock(return_value=train_loss)

@@ -116,7 +116,7 @@ class UNet(nn.Module):
         b = self.bottleneck(self.pool(e4))  # (N, 1024,   8,   8)
 
         # A level doubles H and W and puts the skip's channels beside its own (dim 1).
-        # A sum would mix both before dec4 weighs them. (d4, 0 * e4) cuts this skip.
+        # A sum would mix both before dec4 weighs them. To cut this skip, write 0 * e4.
         d4 = self.up4(b)                    # (N,  512,  16,  16)
         d4 = torch.cat((d4, e4), dim=1)     # (N, 1024,  16,  16)
         d4 = self.dec4(d4)                  # (N,  512,  16,  16)
