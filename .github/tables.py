@@ -1,147 +1,186 @@
-"""The code of the README, applied to unet.py. README.md is its only list of edits.
+"""Repeats what README.md says of unet.py. The README is the only list of edits.
 
-    python .github/tables.py --check          does every edit fit, and change what is learned?
-    python .github/tables.py DATA [WORDS]     train and test the rows again that have these WORDS
+    python .github/tables.py data          train and test every row of its two tables
+    python .github/tables.py data skips    only the rows with this word in their name
+    python .github/tables.py --check       does all code of the README fit unet.py, and work?
 
-DATA is the folder of the 600 images. A row takes about six minutes of a core: three seeds of two
-minutes. The rows of "Classic mistakes" learn the toy data. Set OMP_NUM_THREADS=1 to run several at
-a time: each has a folder of its own."""
-import contextlib, io, os, re, subprocess, sys, tempfile, types
+`data` is the folder of the Oxford-IIIT Pets, as `python unet.py train` downloads them. The rows use
+the first six breeds: 600 images for training and validation, 298 for the test. Set OMP_NUM_THREADS=1
+to run two of these commands at a time."""
+import contextlib, io, os, re, shutil, subprocess, sys, tempfile, types
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = (ROOT / "unet.py").read_text(encoding="utf-8")
+PAGE = (ROOT / "unet.py").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TINY = {"data": "toy", "epochs": 2, "batch_size": 60, "size": 32, "base": 2}
+BREEDS = {"trainval": "123456", "test": "126"}  # their numbers in the lists of the dataset
 
 def block(words):
-    """The Python block of the README that has these words."""
-    return next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if words in code)
+    """The fenced block of the README that has these words."""
+    return next(code for code in re.findall(r"```\w*\n(.*?)```", README, re.S) if words in code)
 
-def edits_of(row):
-    """The edits (old, new, times) of a row. "and so on to level 1" lowers the numbers of the names."""
-    name = re.compile(r"\b([a-e])(\d)\b")
-    def lower(code, by):
-        return name.sub(lambda found: found[1] + str(int(found[2]) - by), code)
-    for old, new, twice, last in re.findall(
-            r"`([^`]+)` → `([^`]+)`( twice)?(?: and so on to level (\d))?", row):
-        first = min((int(digit) for _, digit in name.findall(old)), default=1)
-        for by in range(first - int(last) + 1 if last else 1):
-            yield lower(old, by), lower(new, by), 2 if twice else 1
+def edits(words):
+    """A block of edits, as {name: [(old, new), ...]}."""
+    found = {}
+    for line in block(words).splitlines():
+        if line.startswith(" "):
+            found[name].append(tuple(line.strip().split(" → ")))
+        else:
+            name = line
+            found[name] = []
+    return found
 
-def edited(edits):
-    """unet.py as a module, with these edits. Each old code must be in it as often as told."""
-    source = SOURCE
-    for old, new, times in edits:
-        if SOURCE.count(old) != times:
-            sys.exit(f"in unet.py {SOURCE.count(old)} times and not {times}: {old}")
-        source = source.replace(old, new)
-    if "loss_fn = dice_loss" in source:
-        source = source.replace("loss_fn = dice_loss", block("def dice_loss") + "\nloss_fn = dice_loss")
+PARTS, MISTAKES = edits("no skips\n"), edits("gradients not cleared\n")
+
+def edited(pairs):
+    """unet.py as a module, with every occurrence of each old code replaced by the new one."""
+    page = PAGE
+    for old, new in pairs:
+        if old not in page:
+            sys.exit(f"not in unet.py: {old}")
+        page = page.replace(old, new)
+    if "loss_fn = dice_loss" in page:
+        page = page.replace("loss_fn = dice_loss", block("def dice_loss") + "\nloss_fn = dice_loss")
     unet = types.ModuleType("unet")
-    exec(compile(source, "unet.py", "exec"), vars(unet))
+    exec(compile(page, "unet.py", "exec"), vars(unet))
     return unet
 
-def outcome(unet):
-    """All that a tiny training can tell: the weights and the history."""
+def shell(unet, words):
+    """Run a command as a shell would, under the same mixed precision."""
+    sys.argv = ["unet.py", *words.split()]
+    unet.main()
+
+# -------- measure --------
+def select(data, folder):
+    """Copy the breeds of BREEDS into a new folder, in the order of their names."""
+    old, new = Path(data, "oxford-iiit-pet"), Path(folder, "oxford-iiit-pet")
+    (new / "images").mkdir(parents=True)
+    (new / "annotations/trimaps").mkdir(parents=True)
+    for split, breeds in BREEDS.items():
+        lines = (old / f"annotations/{split}.txt").read_text().splitlines()
+        chosen = sorted((line for line in lines if line.split()[1] in breeds), key=str.lower)
+        (new / f"annotations/{split}.txt").write_text("\n".join(chosen) + "\n")
+        for line in chosen:
+            name = line.split()[0]
+            shutil.copy(old / f"images/{name}.jpg", new / "images")
+            shutil.copy(old / f"annotations/trimaps/{name}.png", new / "annotations/trimaps")
+
+def measure(data, word):
+    select(data, "six")
+    for rows, options in ((PARTS, "--data six --epochs 10"), (MISTAKES, "--data toy")):
+        for name in ("unchanged", *rows):
+            for seed in range(3):
+                if word in name:
+                    print(f"{name}, {options}, seed {seed}", flush=True)
+                    unet = edited(rows.get(name, []))
+                    shell(unet, f"train {options} --base 16 --seed {seed}")
+                    shell(unet, "test")
+
+# -------- check --------
+TINY = "--epochs 2 --batch-size 60 --size 32 --base 2"
+
+def outcome(pairs):
+    """All that a tiny run with these edits can tell: the weights and the losses, or the error."""
     try:
-        unet.train(**TINY)
-    except IndexError as error:
+        shell(edited(pairs), f"train --data toy {TINY}")
+    except IndexError as error:  # labels that count from 1
         return repr(error)
     saved = torch.load("unet.pt")
-    return str(saved["history"]) + str([value.tolist() for value in saved["model"].values()])
+    return str(saved["losses"]) + str([value.tolist() for value in saved["model"].values()])
 
-def rows(part):
-    """The rows of a section of the README that have an edit, or none: "unchanged"."""
-    section = README.split(f"\n## {part}")[1].split("\n## ")[0]
-    found = re.findall(r"^\| .*(?:→|unchanged).*$", section, re.M)
-    return list(dict.fromkeys(found))  # "unchanged" is the first row of each table
-
-CHOICES, MISTAKES = rows("What each choice is worth"), rows("Classic mistakes")
-
-def check_folders(masks, value):
-    """Folders learns from such masks. `value` turns the label of a trimap into the value of a mask."""
-    unet, folder = edited([]), Path(masks)
-    for part in ("images", "masks"):
-        (folder / part).mkdir(parents=True)
-    for k in range(10):
-        image, trimap = unet.draw_pair(str(k))
-        image.save(folder / f"images/{k}.jpg")
-        trimap.point(value).save(folder / f"masks/{k}.png")
-
-    script = (ROOT / ".github/folders.py").read_text()
-    Path(f"folders_{masks}.py").write_text(script.replace("to_trimap = white_on_black", f"to_trimap = {masks}"))
-    new_lines = block("import Folders").rstrip().replace("folders", f"folders_{masks}")
-    old_lines = "    if split ==" + SOURCE.split("    if split ==")[1].split("\n\nclass")[0]
-    old_classes = re.search(r"CLASSES = .*", SOURCE)[0]
-    new_classes = old_classes if masks == "class_numbers" else re.search(r"CLASSES = \{.*?\}", README)[0]
-    unet = edited([(old_lines, new_lines, 1), (old_classes, new_classes, 1)])
-    unet.train(**TINY | {"data": str(folder), "batch_size": 4})
-    unet.test()
-    unet.show()
+def check_edits():
+    unchanged = outcome([])
+    for name, pairs in {**PARTS, **MISTAKES}.items():
+        if outcome(pairs) == unchanged:
+            sys.exit(f"makes no difference: {name}")
 
 def check_mask():
-    """The edit of `predict` writes a black-and-white mask."""
-    edit = re.search(r"`Image.blend\S*.*?`.*?`.*?`", README, re.S)[0].replace("\n ", "")
-    unet = edited(edits_of(edit))
+    unet = edited(edits("a black-and-white mask\n")["a black-and-white mask"])
     unet.draw_pair("0")[0].save("cat.jpg")
-    unet.predict("cat.jpg")
-    if Image.open("cat-overlay.png").mode not in "1L":
+    shell(unet, "predict cat.jpg")
+    if Image.open("cat-overlay.png").mode != "1":
         sys.exit("predict writes no black-and-white mask")
+
+def check_own_images(folder, words, value):
+    """Train on a folder of masks. `value` turns a label of a trimap into a value of such a mask."""
+    for part in ("images", "masks"):
+        Path(folder, part).mkdir(parents=True)
+    original = edited([])
+    for k in range(10):
+        image, trimap = original.draw_pair(str(k))
+        image.save(f"{folder}/images/{k}.jpg")
+        trimap.point(value).save(f"{folder}/masks/{k}_mask.png")
+
+    code = block("class Pairs")
+    code = code[:code.index("def to_trimap")] + block(words)[block(words).index("def to_trimap"):]
+    open_pairs = PAGE[PAGE.index("def open_pairs"):PAGE.index("class PetDataset")]
+    pairs = [(open_pairs, code + "\n")]
+    if value(3) != 2:  # not class numbers, which keep the classes of the pets
+        pairs.append((re.search("CLASSES = .*", PAGE)[0], block("CLASSES = {").rstrip()))
+    unet = edited(pairs)
+    shell(unet, f"train --data {folder} {TINY}")
+    shell(unet, "test")
+
+    image, mask = unet.PetDataset(unet.open_pairs(folder, "test"), 192)[0]
+    wanted = original.PetDataset([original.draw_pair("4")], 192)[0][1]  # 4 and 9 are for the test
+    if value(3) != 2:
+        wanted = (wanted == 1).long()  # pet and border are white
+    if not torch.equal(mask, wanted):
+        sys.exit(f"wrong masks: {folder}")
 
 def check_several():
     """Two workers train one network, and unet.py can load it."""
-    script = (ROOT / ".github/several.py").read_text().replace("128, 64, 5", "32, 2, 1")
+    script = block("init_process_group").replace('"data", 5, 8, 128, 64', '"toy", 1, 8, 32, 2')
     Path("several.py").write_text(script)
-    command = "-m torch.distributed.run --standalone --nproc_per_node=2 several.py toy".split()
-    paths = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    for attempt in range(4):  # it failed once in a fresh clone, and the cause was not seen
-        done = subprocess.run([sys.executable, *command], env=os.environ | paths,
-                              capture_output=True, text=True)
-        if done.returncode == 0:
-            break
-    else:
-        sys.exit(done.stderr[-3000:])
-    edited([]).show()
+    command = "-m torch.distributed.run --standalone --nproc_per_node=2 several.py".split()
+    settings = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], env=os.environ | settings,
+                          capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-5000:])
+    shell(edited([]), "test")
+
+def check_select():
+    """Of eight breeds with two photos each, six train, three are tested, in the order of names."""
+    pets = Path("eight/oxford-iiit-pet")
+    for part in ("images", "annotations/trimaps"):
+        (pets / part).mkdir(parents=True)
+    names = [f"{breed}_{k} {number} 1 1"
+             for number, breed in enumerate("AbCdEfGh", 1) for k in (2, 1)]
+    for split in BREEDS:
+        (pets / f"annotations/{split}.txt").write_text("# a comment\n" + "\n".join(names))
+    for name in names:
+        (pets / f"images/{name.split()[0]}.jpg").touch()
+        (pets / f"annotations/trimaps/{name.split()[0]}.png").touch()
+    select("eight", "chosen")
+    for split, wanted in (("trainval", "A_1 A_2 b_1 b_2 C_1 C_2 d_1 d_2 E_1 E_2 f_1 f_2"),
+                          ("test", "A_1 A_2 b_1 b_2 f_1 f_2")):
+        lines = Path(f"chosen/oxford-iiit-pet/annotations/{split}.txt").read_text().splitlines()
+        if [line.split()[0] for line in lines] != wanted.split():
+            sys.exit(f"select chose {lines}")
 
 def check():
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        unchanged = outcome(edited([]))
-        for row in CHOICES + MISTAKES:
-            if "→" in row and outcome(edited(edits_of(row))) == unchanged:
-                sys.exit(f"makes no difference: {row}")
-        check_several()
+        check_edits()
         check_mask()
-        check_folders("white_on_black", lambda label: 0 if label == 2 else 255)
-        check_folders("class_numbers", lambda label: label - 1)
-        check_folders("objects", lambda label: 0 if label == 2 else label)
-    print(f"{len(CHOICES + MISTAKES)} rows, folders.py and several.py fit unet.py")
-
-def measure(data, words):
-    for part, options in ((CHOICES, {"data": data, "epochs": 10}), (MISTAKES, {"data": "toy"})):
-        for row in part:
-            if words not in row:
-                continue
-            for seed in range(3):
-                print(row.split("|")[1], f"seed {seed}", flush=True)
-                unet = edited(edits_of(row))
-                try:
-                    unet.train(base=16, seed=seed, **options)
-                    unet.test()
-                except IndexError as error:
-                    print(repr(error))
+        check_own_images("white", "White becomes", lambda label: 0 if label == 2 else 255)
+        check_own_images("numbers", "Class numbers", lambda label: label - 1)
+        check_own_images("objects", "All numbers", lambda label: 0 if label == 2 else label)
+        check_several()
+        check_select()
+    print(f"{len(PARTS) + len(MISTAKES)} edits and all other code of README.md fit unet.py")
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    torch.set_num_threads(1)
-    data = sys.argv[1] if sys.argv[1] == "--check" else str(Path(sys.argv[1]).resolve())
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    arguments = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
+        data = Path(arguments[0]).resolve()
         os.chdir(folder)
-        sys.path.insert(0, folder)
-        check() if data == "--check" else measure(data, " ".join(sys.argv[2:]))
+        check() if arguments[0] == "--check" else measure(data, " ".join(arguments[1:]))
         os.chdir(ROOT)
