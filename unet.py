@@ -7,14 +7,14 @@
              enc4  (512, 16, 16) ----- skip ---> dec4  (512, 16, 16)
                          bottleneck  (1024, 8, 8)
 
-Shapes are (channels, height, width). The encoder, on the left side of the U, halves
+Shapes are (channels, height, width). On the left side of the U, the encoder halves
 height and width four times. After each halving, a 3x3 convolution spans twice as many
-pixels of the image: each number of enc1 depends on 5x5 pixels, of enc2 on 14x14, and of
+pixels of the image: each number in enc1 depends on 5x5 pixels, in enc2 on 14x14, and in
 the bottleneck on up to 140x140. The bottleneck has many channels to describe what is in
 the image, but only 8x8 positions to say where.
 
-The decoder, on the right side, doubles height and width again. At each size, a skip
-connection brings what the encoder had at that size, where edges are still exact.
+On the right side, the decoder doubles height and width four times. At each size, a skip
+connection appends the encoder's channels of that size, in which edges are still exact.
 
 Each pixel gets three numbers, one for each class, which are called logits. Softmax turns
 them into probabilities. The class with the largest logit is the prediction.
@@ -42,7 +42,7 @@ DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.de
 # The dataset has a trimap for each image, with the labels 1 for pet, 2 for background and
 # 3 for border or unclear. A mask has these labels minus 1, as classes count from 0.
 CLASSES = {"pet": (230, 159, 0), "background": (0, 90, 150), "border": (240, 240, 240)}
-COLOURS = torch.tensor(list(CLASSES.values()), dtype=torch.uint8)
+COLOURS = torch.tensor(list(CLASSES.values()), dtype=torch.uint8)  # to draw masks
 
 def open_pairs(data, split):
     """The pairs (RGB image, trimap), as PIL images, of the split "trainval" or "test"."""
@@ -54,12 +54,12 @@ class PetDataset(Dataset):
     """Images, float32 (3, size, size) from 0 to 1, and masks, int64 (size, size)."""
     def __init__(self, pairs, size, mirror=False):
         self.mirror = mirror
-        self.samples = []  # in bytes, as floats would take four times the memory
+        self.samples = []  # squares in bytes, as floats would take four times the memory
 
         for i in range(len(pairs)):
             image, trimap = pairs[i]
             image = pil_to_tensor(image.resize((size, size), Image.BILINEAR))
-            # NEAREST copies labels. The mean of pet and border, 2, would be background.
+            # NEAREST copies labels. A mean of 1 (pet) and 3 (border) would be background.
             labels = pil_to_tensor(trimap.resize((size, size), Image.NEAREST))[0]
             if labels.min() < 1 or labels.max() > len(CLASSES):
                 file = getattr(trimap, "filename", f"trimap {i}")
@@ -95,9 +95,8 @@ def conv_block(in_ch, out_ch):
 class UNet(nn.Module):
     """Images (N, in_channels, H, W) to logits (N, out_classes, H, W).
 
-    H and W must be multiples of 16. Otherwise a halving rounds, as from 9 to 4, and the
-    doubled size, 8, does not fit the skip. The paper (Ronneberger et al. 2015, arXiv
-    1505.04597) has no padding and no BatchNorm."""
+    H and W must be multiples of 16, or the doubled sizes would not fit the skips. The
+    paper (Ronneberger et al. 2015, arXiv 1505.04597) has no padding and no BatchNorm."""
 
     def __init__(self, in_channels=3, out_classes=len(CLASSES), base=64):
         super().__init__()
@@ -110,8 +109,8 @@ class UNet(nn.Module):
         self.pool = nn.MaxPool2d(2)  # the largest of 2x2 numbers, to halve H and W
         self.bottleneck = conv_block(c4, c5)
 
-        # A transposed convolution makes each pixel into 2x2, by learned weighted sums of
-        # its channels. It halves the channels, and the skip doubles them again.
+        # Here a transposed convolution makes 2x2 pixels of each pixel, by learned weighted
+        # sums of its channels. It halves the channels, and the skip doubles them again.
         self.up4 = nn.ConvTranspose2d(c5, c4, 2, stride=2)
         self.dec4 = conv_block(c4 + c4, c4)
         self.up3 = nn.ConvTranspose2d(c4, c3, 2, stride=2)
@@ -153,7 +152,7 @@ class UNet(nn.Module):
 loss_fn = nn.CrossEntropyLoss()
 
 def train_epoch(net, loader, optimizer, schedule):
-    """Train on each image once. Return the mean loss, each taken just before its step."""
+    """Train on each image once. Return the mean loss, as it was before each step."""
     net.train()  # BatchNorm uses the mean and variance of the batch
     total_loss = 0
 
@@ -175,9 +174,9 @@ def train_epoch(net, loader, optimizer, schedule):
 def evaluate(net, dataset):
     """The mean loss, and the IoU of each class, over all pixels of a dataset.
 
-    IoU is intersection over union. For a class, it counts the pixels that have it in
-    both prediction and mask, and divides by those that have it in at least one. So with
-    prediction 0 1 1 0 and mask 1 1 0 0, class 1 has 1/3, and class 2 has 0/0 = nan."""
+    IoU is intersection over union: how many pixels have the class in prediction and mask,
+    divided by how many have it in at least one of them. With prediction 0 1 1 0 and mask
+    1 1 0 0, class 1 has 1/3. A class that is nowhere has 0/0 = nan, and is in no mean."""
     net.eval()  # BatchNorm uses its running averages of mean and variance
     total_loss = 0
     intersection, union = torch.zeros(2, len(CLASSES), dtype=torch.int64, device=DEVICE)
@@ -198,9 +197,8 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
           lr=5e-4, seed=0):
     """Train a network and save it after each epoch.
 
-    data: a folder, or toy. epochs: how often each image is used. batch_size: images in a
-    step. size: height and width to which images are resized. base: channels of enc1. lr:
-    highest learning rate. seed: for initial weights, order of images, and mirroring."""
+    data: a folder, or toy. epochs: passes over the images. batch_size: images in a step.
+    size: their height and width. base: channels of enc1. lr: highest learning rate."""
     if size % 16:
         raise ValueError(f"size must be a multiple of 16, not {size}")
 
@@ -336,12 +334,14 @@ def main():
     options = vars(parser.parse_args())
     function = options.pop("function")
 
-    # Mixed precision: weights are float32, but convolutions run in bfloat16 on hardware
-    # that is fast at it. Without a cache, since training changes the weights it copies.
-    gpu = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = DEVICE.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    # Mixed precision: convolutions run in bfloat16 on hardware that is fast at it, while
+    # weights stay float32. Training changes them, so autocast must not cache its copies.
+    if DEVICE.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
     try:
-        with torch.autocast(DEVICE.type, torch.bfloat16, gpu or cpu, cache_enabled=False):
+        with torch.autocast(DEVICE.type, torch.bfloat16, fast, cache_enabled=False):
             function(**options)
     except (OSError, ValueError) as error:  # no such file, no internet, a wrong value
         sys.exit(f"stopped: {error}")

@@ -1,6 +1,6 @@
 """Repeats what README.md says of unet.py. The README is the only list of edits.
 
-    python .github/tables.py data          train and test every row of its two tables
+    python .github/tables.py data          train and test every row of its two tables, draw edits.png
     python .github/tables.py data skips    only the rows with this word in their name
     python .github/tables.py --check       does all code of the README fit unet.py, and work?
 
@@ -54,6 +54,8 @@ def shell(unet, words):
     unet.main()
 
 # -------- measure --------
+PART_OPTIONS = "--data six --epochs 10 --base 16"
+
 def select(data, folder):
     """Copy the breeds of BREEDS into a new folder, in the order of their names."""
     old, new = Path(data, "oxford-iiit-pet"), Path(folder, "oxford-iiit-pet")
@@ -70,14 +72,40 @@ def select(data, folder):
 
 def measure(data, word):
     select(data, "six")
-    for rows, options in ((PARTS, "--data six --epochs 10"), (MISTAKES, "--data toy")):
+    for rows, options in ((PARTS, PART_OPTIONS), (MISTAKES, "--data toy --base 16")):
         for name in ("unchanged", *rows):
             for seed in range(3):
                 if word in name:
-                    print(f"{name}, {options}, seed {seed}", flush=True)
-                    unet = edited(rows.get(name, []))
-                    shell(unet, f"train {options} --base 16 --seed {seed}")
-                    shell(unet, "test")
+                    measure_row(name, rows.get(name, []), f"{options} --seed {seed}")
+
+def checkpoint_of(name, options):
+    return f"{name}{options}.pt".replace(" ", "")
+
+def measure_row(name, pairs, options):
+    print(f"\n{name}: {options}", flush=True)
+    checkpoint = checkpoint_of(name, options)
+    shell(edited(pairs), f"train {options} --checkpoint {checkpoint}")
+    shell(edited(pairs), f"test --checkpoint {checkpoint}")
+
+def draw():
+    """edits.png: images, masks, and the predictions of three rows with seed 0."""
+    unet = edited([])
+    pairs = unet.open_pairs("six", "test")
+    six = unet.PetDataset([pairs[i * len(pairs) // 6] for i in range(6)], 128)
+    images, masks = next(iter(unet.DataLoader(six, 6)))
+    rows = {"image": images, "ground truth": unet.COLOURS[masks].movedim(-1, 1)}
+    for name in ("unchanged", "no skips", "three levels fewer"):
+        saved, net = edited(PARTS.get(name, [])).load(
+            checkpoint_of(name, f"{PART_OPTIONS} --seed 0"))
+        with torch.no_grad():
+            predictions = net(images.to(unet.DEVICE)).argmax(dim=1).cpu()
+        rows[name] = unet.COLOURS[predictions].movedim(-1, 1)
+
+    figure = unet.Figure(figsize=(9, 9), layout="constrained")
+    for axis, name in zip(figure.subplots(len(rows)), rows):
+        axis.imshow(unet.utils.make_grid(rows[name], nrow=6).movedim(0, -1).numpy())
+        axis.set(title=name, xticks=[], yticks=[])
+    figure.savefig(ROOT / ".github/edits.png")
 
 # -------- check --------
 TINY = "--epochs 2 --batch-size 60 --size 32 --base 2"
@@ -182,5 +210,10 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         data = Path(arguments[0]).resolve()
         os.chdir(folder)
-        check() if arguments[0] == "--check" else measure(data, " ".join(arguments[1:]))
+        if arguments[0] == "--check":
+            check()
+        else:
+            measure(data, " ".join(arguments[1:]))
+            if len(arguments) == 1:
+                draw()
         os.chdir(ROOT)
