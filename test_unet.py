@@ -61,9 +61,9 @@ def test_no_toy_is_in_both_training_and_test():
     assert not training & test
 
 def two_pixels():
-    """White beside black, which is pet beside border."""
+    """Red beside black, which is pet beside border."""
     image, trimap = Image.new("RGB", (2, 1)), Image.new("L", (2, 1))
-    image.putdata([(255, 255, 255), (0, 0, 0)])
+    image.putdata([(255, 0, 0), (0, 0, 0)])
     trimap.putdata([1, 3])
     return image, trimap
 
@@ -71,7 +71,7 @@ def test_a_sample_is_an_image_from_0_to_1_and_a_mask_of_classes():
     image, mask = unet.PetDataset([two_pixels()], 2)[0]
 
     assert image.dtype == torch.float32
-    assert image[:, 0].tolist() == 3 * [[1.0, 0.0]]  # the first row of each colour
+    assert image[:, 0].tolist() == [[1, 0], [0, 0], [0, 0]]  # the first row of each colour
     assert mask.dtype == torch.int64
     assert mask[0].tolist() == [PET, BORDER]
 
@@ -88,7 +88,7 @@ def test_mirroring_turns_image_and_mask_together():
     samples = [dataset[0] for _ in range(40)]
 
     rows = {(*image[0, 0].tolist(), *mask[0].tolist()) for image, mask in samples}
-    assert rows == {(1.0, 0.0, PET, BORDER), (0.0, 1.0, BORDER, PET)}
+    assert rows == {(1, 0, PET, BORDER), (0, 1, BORDER, PET)}
 
 @pytest.mark.parametrize("label", [0, 4, 255])
 def test_a_label_without_a_class_is_refused_with_its_file(label):

@@ -13,8 +13,9 @@ pixels of the image: each number in enc1 depends on 5x5 pixels, in enc2 on 14x14
 the bottleneck on up to 140x140. The bottleneck has many channels to describe what is in
 the image, but only 8x8 positions to say where.
 
-On the right side, the decoder doubles height and width four times. At each size, a skip
-connection appends the encoder's channels of that size, in which edges are still exact.
+On the right side, the decoder doubles height and width four times. This alone cannot
+bring back the exact places of edges. So at each size, a skip connection appends the
+channels that the encoder had there.
 
 Each pixel gets three numbers, one for each class, which are called logits. Softmax turns
 them into probabilities. The class with the largest logit is the prediction.
@@ -23,8 +24,7 @@ them into probabilities. The class with the largest logit is the prediction.
     python unet.py test                        print scores on images not used in training
     python unet.py show                        draw images, masks and predictions
     python unet.py predict cat.jpg             draw the classes over a photo
-    python unet.py train --data toy --base 16  train on drawn polygons, without a download
-"""
+    python unet.py train --data toy --base 16  train on polygons, without a download"""
 import argparse, inspect, random, sys
 from pathlib import Path
 
@@ -36,11 +36,12 @@ from torch.utils.data import DataLoader, Dataset, random_split
 from torchvision import datasets, utils
 from torchvision.transforms.functional import pil_to_tensor
 
+# A GPU (CUDA, or that of a Mac) if there is one, else the CPU.
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 # -------- data --------
 # The dataset has a trimap for each image, with the labels 1 for pet, 2 for background and
-# 3 for border or unclear. A mask has these labels minus 1, as classes count from 0.
+# 3 for border or unclear. A mask has the classes 0, 1 and 2 instead. The colours are RGB.
 CLASSES = {"pet": (230, 159, 0), "background": (0, 90, 150), "border": (240, 240, 240)}
 COLOURS = torch.tensor(list(CLASSES.values()), dtype=torch.uint8)  # to draw masks
 
@@ -54,7 +55,7 @@ class PetDataset(Dataset):
     """Images, float32 (3, size, size) from 0 to 1, and masks, int64 (size, size)."""
     def __init__(self, pairs, size, mirror=False):
         self.mirror = mirror
-        self.samples = []  # squares in bytes, as floats would take four times the memory
+        self.samples = []  # squares, in bytes, as floats would take four times the memory
 
         for i in range(len(pairs)):
             image, trimap = pairs[i]
@@ -82,8 +83,8 @@ def conv_block(in_ch, out_ch):
 
     In training, BatchNorm gives each channel mean 0 and variance 1 over all pixels of
     the batch. Then it multiplies by a learned number and adds another. This keeps the
-    outputs of all layers in a similar range, which makes training easier. A bias of the
-    convolution would be subtracted with the mean, so there is none."""
+    outputs of all layers in a similar range, which makes training easier. As it subtracts
+    the mean, it would cancel a bias, so the convolutions have none."""
     return nn.Sequential(
         nn.Conv2d(in_ch, out_ch, 3, padding=1, bias=False),  # padding keeps H and W
         nn.BatchNorm2d(out_ch),
@@ -109,8 +110,8 @@ class UNet(nn.Module):
         self.pool = nn.MaxPool2d(2)  # the largest of 2x2 numbers, to halve H and W
         self.bottleneck = conv_block(c4, c5)
 
-        # Here a transposed convolution makes 2x2 pixels of each pixel, by learned weighted
-        # sums of its channels. It halves the channels, and the skip doubles them again.
+        # A transposed convolution makes 2x2 pixels of each pixel: four weighted sums of its
+        # channels, with learned weights. It halves the channels, and the skip doubles them.
         self.up4 = nn.ConvTranspose2d(c5, c4, 2, stride=2)
         self.dec4 = conv_block(c4 + c4, c4)
         self.up3 = nn.ConvTranspose2d(c4, c3, 2, stride=2)
@@ -128,7 +129,7 @@ class UNet(nn.Module):
         e4 = self.enc4(self.pool(e3))       # (N,  512,  16,  16)
         b = self.bottleneck(self.pool(e4))  # (N, 1024,   8,   8)
 
-        # The skip gives dec4 the channels of e4 beside those of u4. 0 * e4 would cut it.
+        # The skip gives dec4 the channels of e4, too. To see its worth, train with 0 * e4.
         u4 = self.up4(b)                    # (N,  512,  16,  16)
         x4 = torch.cat((u4, e4), dim=1)     # (N, 1024,  16,  16)
         d4 = self.dec4(x4)                  # (N,  512,  16,  16)
@@ -202,8 +203,7 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
     if size % 16:
         raise ValueError(f"size must be a multiple of 16, not {size}")
 
-    # The pairs are sorted by breed, and the last fifth would be breeds never trained on.
-    # So the split is random, but the same for every seed, to make runs comparable.
+    # The pairs are sorted by breed. So the split is random, but the same for every seed.
     pairs = open_pairs(data, "trainval")
     generator = torch.Generator().manual_seed(0)
     train_pairs, val_pairs = random_split(pairs, (0.8, 0.2), generator)
@@ -216,7 +216,7 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
     loader = DataLoader(train_set, batch_size, shuffle=True)
     net = UNet(base=base).to(DEVICE)
 
-    # RMSprop divides each gradient by its recent size, so weights with small ones move too.
+    # RMSprop divides each gradient by its recent size, so small ones count as well.
     optimizer = torch.optim.RMSprop(net.parameters(), lr)
     # The learning rate rises to `lr`, as large first steps can spoil the initial weights.
     # Then it falls to almost 0, so that the weights settle.
