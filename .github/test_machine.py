@@ -8,7 +8,6 @@ import pytest, torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import unet
-
 torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
@@ -52,18 +51,16 @@ def test_bfloat16_follows_the_hardware(device, on_cuda, on_cpu, fast, monkeypatc
 def test_bfloat16_sees_new_weights(monkeypatch):
     """Red without cache_enabled=False."""
     net, outputs = torch.nn.Conv2d(1, 1, 1, bias=False), []
-
     def predict(photo):
-        """Run a network, double its weight, and run it again."""
-        for _ in range(2):
+        """Run a network of weight 1, then 2."""
+        for number in (1, 2):
+            torch.nn.init.constant_(net.weight, number)
             outputs.append(net(torch.ones(1, 1, 1, 1)))
-            net.weight.data.mul_(2)
-
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     monkeypatch.setattr(unet, "predict", predict)
     shell("predict cat.jpg")
     assert outputs[0].dtype == torch.bfloat16
-    assert outputs[1].item() == 2 * outputs[0].item()
+    assert [output.item() for output in outputs] == [1, 2]
 
 def test_shell_and_python_train_the_same_network(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # float32, as in a call from Python
@@ -78,8 +75,7 @@ def test_the_help_shows_the_defaults(capsys):
         shell("train --help")
     printed = " ".join(capsys.readouterr().out.split())
     for name, parameter in inspect.signature(unet.train).parameters.items():
-        option = f"--{name.replace('_', '-')} {name.upper()}"
-        assert f"{option} default: {parameter.default!r}" in printed
+        assert f"--{name.replace('_', '-')} {name.upper()} default: {parameter.default!r}" in printed
 
 @pytest.mark.parametrize("words", ["", "train --epochs many", "test --epochs 1", "predict"])
 def test_a_wrong_option_ends_in_usage(words):
@@ -99,20 +95,17 @@ def test_a_crash_while_saving_keeps_the_old_checkpoint(monkeypatch):
     def save_half(saved, path):
         Path(path).write_text("half")
         raise KeyboardInterrupt
-
     old = Path("unet.pt").read_bytes()
     monkeypatch.setattr(torch, "save", save_half)
     with pytest.raises(KeyboardInterrupt):
         unet.train("toy", epochs=1, size=16, base=1)
     assert Path("unet.pt").read_bytes() == old
 
-def test_a_checkpoint_that_would_run_a_command_is_refused():
+def test_a_checkpoint_that_runs_a_command_or_has_other_layers_is_refused():
     Path("evil.pt").write_bytes(b"cos\nsystem\n(S'touch sprung'\ntR.")  # os.system("touch sprung")
     with pytest.raises(pickle.UnpicklingError):
         unet.load("evil.pt")
-
-def test_a_checkpoint_of_other_layers_is_refused():
-    torch.save({"model": torch.nn.Conv2d(3, 3, 1).state_dict(), "base": 2}, "other.pt")
+    torch.save({"model": {}, "base": 2}, "other.pt")
     with pytest.raises(RuntimeError, match="enc1"):
         unet.load("other.pt")
 
@@ -123,6 +116,5 @@ def test_test_and_show_take_data_that_have_moved(capsys):
     assert "300 test images of toy" in capsys.readouterr().out
 
 def test_a_lost_pair_is_not_the_end_of_the_data():
-    """A loop `for image, trimap in pairs` would end at the IndexError of the pair."""
     with pytest.raises(IndexError):
         unet.PetDataset(torch.utils.data.Subset([unet.draw_pair("cat")], [0, 1]), 32)
