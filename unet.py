@@ -8,10 +8,10 @@
                          bottleneck  (1024, 8, 8)
 
 Shapes are (channels, height, width). On the left side of the U, the encoder halves
-height and width four times. After each halving, a 3x3 convolution spans twice as many
-pixels of the image: each number in enc1 depends on 5x5 pixels, in enc2 on 14x14, and in
-the bottleneck on up to 140x140. The bottleneck has many channels to describe what is in
-the image, but only 8x8 positions to say where.
+height and width four times. After each halving, a 3x3 convolution reaches twice as far:
+each number in enc1 depends on 5x5 pixels of the image, in enc2 on 14x14, and in the
+bottleneck on 140x140, as far as the image goes. The bottleneck has many channels to
+describe what is in the image, but only 8x8 positions to say where.
 
 On the right side, the decoder doubles height and width four times. This alone cannot
 bring back the exact places of edges. So at each size, a skip connection appends the
@@ -82,13 +82,13 @@ def conv_block(in_ch, out_ch):
     """Two 3x3 convolutions: (N, in_ch, H, W) to (N, out_ch, H, W).
 
     In training, BatchNorm gives each channel mean 0 and variance 1 over all pixels of
-    the batch. Then it multiplies by a learned number and adds another. This keeps the
-    outputs of all layers in a similar range, which makes training easier. As it subtracts
+    the batch. Then it multiplies by a learned number and adds another. So all layers
+    start with outputs of a similar range, which makes training easier. As it subtracts
     the mean, it would cancel a bias, so the convolutions have none."""
     return nn.Sequential(
         nn.Conv2d(in_ch, out_ch, 3, padding=1, bias=False),  # padding keeps H and W
         nn.BatchNorm2d(out_ch),
-        nn.ReLU(),  # max(x, 0). Convolutions alone would only take weighted sums.
+        nn.ReLU(),  # max(x, 0). Weighted sums of weighted sums are just weighted sums.
         nn.Conv2d(out_ch, out_ch, 3, padding=1, bias=False),
         nn.BatchNorm2d(out_ch),
         nn.ReLU())
@@ -129,7 +129,7 @@ class UNet(nn.Module):
         e4 = self.enc4(self.pool(e3))       # (N,  512,  16,  16)
         b = self.bottleneck(self.pool(e4))  # (N, 1024,   8,   8)
 
-        # The skip gives dec4 the channels of e4, too. To see its worth, train with 0 * e4.
+        # The skip: dec4 also gets the channels of e4. To train without it, write 0 * e4.
         u4 = self.up4(b)                    # (N,  512,  16,  16)
         x4 = torch.cat((u4, e4), dim=1)     # (N, 1024,  16,  16)
         d4 = self.dec4(x4)                  # (N,  512,  16,  16)
@@ -203,7 +203,9 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
     if size % 16:
         raise ValueError(f"size must be a multiple of 16, not {size}")
 
-    # The pairs are sorted by breed. So the split is random, but the same for every seed.
+    # The network never learns from the validation images. If their loss rises while the
+    # training loss falls, it overfits: it learns the training images by heart. The pairs
+    # are sorted by breed, so the split is random, but it is the same for every seed.
     pairs = open_pairs(data, "trainval")
     generator = torch.Generator().manual_seed(0)
     train_pairs, val_pairs = random_split(pairs, (0.8, 0.2), generator)
@@ -216,15 +218,13 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
     loader = DataLoader(train_set, batch_size, shuffle=True)
     net = UNet(base=base).to(DEVICE)
 
-    # RMSprop divides each gradient by its recent size, so small ones count as well.
+    # RMSprop divides each gradient by its recent size, so small gradients count as well.
     optimizer = torch.optim.RMSprop(net.parameters(), lr)
-    # The learning rate rises to `lr`, as large first steps can spoil the initial weights.
+    # The learning rate rises to `lr`, as large steps from random weights can go astray.
     # Then it falls to almost 0, so that the weights settle.
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, epochs * len(loader), anneal_strategy="linear", cycle_momentum=False)
 
-    # The network never learns from validation images. If their loss rises while that of
-    # the training images falls, the network overfits: it learns these by heart.
     losses = []
     for epoch in range(1, epochs + 1):
         train_loss = train_epoch(net, loader, optimizer, schedule)
@@ -252,7 +252,7 @@ def test(data="", checkpoint="unet.pt"):
     data = data or saved["data"]
     dataset = PetDataset(open_pairs(data, "test"), saved["size"])
     loss, iou = evaluate(net, dataset)
-    dice = 2 * iou / (1 + iou)  # = 2 * intersection / (union + intersection)
+    dice = 2 * iou / (1 + iou)  # = 2 * intersection / (predicted + true pixels)
 
     print(f"{len(dataset)} test images of {data}")
     print(f"loss {loss:.3f}  mIoU {iou.nanmean():.3f}  Dice {dice.nanmean():.3f}")
@@ -270,7 +270,7 @@ def show(data="", checkpoint="unet.pt"):
     figure = Figure(figsize=(9, 8), layout="constrained")
     *axes, curves = figure.subplots(4)
     rows = {"image": images,
-            "ground truth": COLOURS[masks].movedim(-1, 1),  # to (N, 3, H, W)
+            "ground truth": COLOURS[masks].movedim(-1, 1),  # (N, H, W, 3) to (N, 3, H, W)
             "prediction": COLOURS[predictions].movedim(-1, 1)}
     for axis, name in zip(axes, rows):
         axis.imshow(utils.make_grid(rows[name], nrow=6).movedim(0, -1).numpy())
@@ -303,10 +303,10 @@ def predict(photo, checkpoint="unet.pt"):
     Image.blend(image, Image.fromarray(colours.numpy()), 0.5).save(picture)
     print(f"wrote {picture}")
 
-# -------- the lesson ends here: toy data, command line, mixed precision --------
-def draw_pair(name):
+# -------- the lesson ends here. Below: toy data, command line, mixed precision --------
+def draw_pair(seed):
     """A light polygon on a dark ground, and its trimap."""
-    rng = random.Random(name)
+    rng = random.Random(seed)
     x, y, corners = rng.randint(60, 132), rng.randint(60, 100), rng.randint(3, 8)
     image = Image.new("RGB", (192, 160), f"hsl({rng.randrange(360)}, 50%, 30%)")
     light = f"hsl({rng.randrange(360)}, 50%, 70%)"
