@@ -153,7 +153,7 @@ class UNet(nn.Module):
 loss_fn = nn.CrossEntropyLoss()
 
 def train_epoch(net, loader, optimizer, schedule):
-    """Train on each image once. Return the mean loss, as it was before each step."""
+    """Train on each image once. Return the mean of the losses before each step."""
     net.train()  # BatchNorm uses the mean and variance of the batch
     total_loss = 0
 
@@ -177,7 +177,7 @@ def evaluate(net, dataset):
 
     IoU is intersection over union: how many pixels have the class in prediction and mask,
     divided by how many have it in at least one of them. With prediction 0 1 1 0 and mask
-    1 1 0 0, class 1 has 1/3. A class that is nowhere has 0/0 = nan, and is in no mean."""
+    1 1 0 0, class 1 has 1/3. mIoU is the mean over the classes, without 0/0 = nan."""
     net.eval()  # BatchNorm uses its running averages of mean and variance
     total_loss = 0
     intersection, union = torch.zeros(2, len(CLASSES), dtype=torch.int64, device=DEVICE)
@@ -247,7 +247,7 @@ def load(checkpoint):
     return saved, net.eval()
 
 def test(data="", checkpoint="unet.pt"):
-    """Print the scores on the test images of the data trained on, or of other data."""
+    """Print the scores on the test images of `data`, which is that of `train` if empty."""
     saved, net = load(checkpoint)
     data = data or saved["data"]
     dataset = PetDataset(open_pairs(data, "test"), saved["size"])
@@ -294,7 +294,7 @@ def predict(photo, checkpoint="unet.pt"):
     saved, net = load(checkpoint)
     image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")  # upright
     square = image.resize((saved["size"], saved["size"]), Image.BILINEAR)
-    logits = net(pil_to_tensor(square)[None].to(DEVICE) / 255)
+    logits = net(pil_to_tensor(square)[None].to(DEVICE) / 255)  # a batch of one
 
     # Enlarged logits have smooth edges, while enlarged classes would have stairs.
     logits = nn.functional.interpolate(logits, image.size[::-1], mode="bilinear")
@@ -341,7 +341,7 @@ def main():
     else:
         fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
     try:
-        with torch.autocast(DEVICE.type, torch.bfloat16, fast, cache_enabled=False):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=fast, cache_enabled=False):
             function(**options)
     except (OSError, ValueError) as error:  # no such file, no internet, a wrong value
         sys.exit(f"stopped: {error}")
