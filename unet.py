@@ -176,8 +176,8 @@ def evaluate(net, dataset):
     """The mean loss, and the IoU of each class, over all pixels of a dataset.
 
     IoU is intersection over union: how many pixels have the class in prediction and mask,
-    divided by how many have it in at least one of them. With prediction 0 1 1 0 and mask
-    1 1 0 0, class 1 has 1/3. mIoU is the mean over the classes, without 0/0 = nan."""
+    divided by how many have it in at least one of them. With prediction 0 1 1 1 and mask
+    0 0 1 1, class 1 has 2/3. mIoU is the mean over the classes, without 0/0 = nan."""
     net.eval()  # BatchNorm uses its running averages of mean and variance
     total_loss = 0
     intersection, union = torch.zeros(2, len(CLASSES), dtype=torch.int64, device=DEVICE)
