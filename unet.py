@@ -10,8 +10,8 @@
 Shapes are (channels, height, width). On the left side of the U, the encoder halves
 height and width four times. After each halving, a 3x3 convolution reaches twice as far:
 each number in enc1 depends on 5x5 pixels of the image, in enc2 on 14x14, and in the
-bottleneck on 140x140, as far as the image goes. The bottleneck has many channels to
-describe what is in the image, but only 8x8 positions to say where.
+bottleneck on 140x140, cut off at the edges of the image. The bottleneck has many channels
+to describe what is in the image, but only 8x8 positions to say where.
 
 On the right side, the decoder doubles height and width four times. This alone cannot
 bring back the exact places of edges. So at each size, a skip connection appends the
@@ -83,8 +83,8 @@ def conv_block(in_ch, out_ch):
 
     In training, BatchNorm gives each channel mean 0 and variance 1 over all pixels of
     the batch. Then it multiplies by a learned number and adds another. So all layers
-    start with outputs of a similar range, which makes training easier. As it subtracts
-    the mean, it would cancel a bias, so the convolutions have none."""
+    start with outputs of a similar range, which makes training easier. Subtracting the
+    mean would cancel a bias, so the convolutions have none."""
     return nn.Sequential(
         nn.Conv2d(in_ch, out_ch, 3, padding=1, bias=False),  # padding keeps H and W
         nn.BatchNorm2d(out_ch),
@@ -110,8 +110,8 @@ class UNet(nn.Module):
         self.pool = nn.MaxPool2d(2)  # the largest of 2x2 numbers, to halve H and W
         self.bottleneck = conv_block(c4, c5)
 
-        # A transposed convolution makes 2x2 pixels of each pixel: four weighted sums of its
-        # channels, with learned weights. It halves the channels, and the skip doubles them.
+        # A transposed convolution makes 2x2 pixels of each pixel, as sums of its channels
+        # with learned weights. It halves the channels, and the skip doubles them.
         self.up4 = nn.ConvTranspose2d(c5, c4, 2, stride=2)
         self.dec4 = conv_block(c4 + c4, c4)
         self.up3 = nn.ConvTranspose2d(c4, c3, 2, stride=2)
@@ -129,7 +129,7 @@ class UNet(nn.Module):
         e4 = self.enc4(self.pool(e3))       # (N,  512,  16,  16)
         b = self.bottleneck(self.pool(e4))  # (N, 1024,   8,   8)
 
-        # The skip: dec4 also gets the channels of e4. To train without it, write 0 * e4.
+        # The skip: dec4 also gets the channels of e4. To cut it, write 0 * e4.
         u4 = self.up4(b)                    # (N,  512,  16,  16)
         x4 = torch.cat((u4, e4), dim=1)     # (N, 1024,  16,  16)
         d4 = self.dec4(x4)                  # (N,  512,  16,  16)
@@ -177,7 +177,7 @@ def evaluate(net, dataset):
 
     IoU is intersection over union: how many pixels have the class in prediction and mask,
     divided by how many have it in at least one of them. With prediction 0 1 1 1 and mask
-    0 0 1 1, class 1 has 2/3. mIoU is the mean over the classes, without 0/0 = nan."""
+    0 0 1 1, class 1 has 2/3. mIoU is the mean over classes that occur (else 0/0 = nan)."""
     net.eval()  # BatchNorm uses its running averages of mean and variance
     total_loss = 0
     intersection, union = torch.zeros(2, len(CLASSES), dtype=torch.int64, device=DEVICE)
@@ -247,7 +247,7 @@ def load(checkpoint):
     return saved, net.eval()
 
 def test(data="", checkpoint="unet.pt"):
-    """Print the scores on the test images of `data`, which is that of `train` if empty."""
+    """Print the scores on the test images of `data` (if empty, that of `train`)."""
     saved, net = load(checkpoint)
     data = data or saved["data"]
     dataset = PetDataset(open_pairs(data, "test"), saved["size"])
@@ -290,7 +290,7 @@ def show(data="", checkpoint="unet.pt"):
 
 @torch.no_grad()
 def predict(photo, checkpoint="unet.pt"):
-    """Draw the classes over a photo: cat.jpg gives cat-overlay.png in this folder."""
+    """Draw the classes over a photo: cat.jpg gives ./cat-overlay.png."""
     saved, net = load(checkpoint)
     image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")  # upright
     square = image.resize((saved["size"], saved["size"]), Image.BILINEAR)
@@ -335,7 +335,7 @@ def main():
     function = options.pop("function")
 
     # Mixed precision: convolutions run in bfloat16 on hardware that is fast at it, while
-    # weights stay float32. Training changes them, so autocast must not cache its copies.
+    # weights stay float32. Training changes these, so bfloat16 copies must not be cached.
     if DEVICE.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

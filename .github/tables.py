@@ -126,10 +126,12 @@ def check_edits():
             sys.exit(f"makes no difference: {name}")
 
 def check_mask():
-    unet = edited(edits("a black-and-white mask\n")["a black-and-white mask"])
+    unet = edited([("0.5).save", "1).save"), ("(230, 159, 0)", "(255, 255, 255)"),
+                   ("(0, 90, 150)", "(0, 0, 0)"), ("(240, 240, 240)", "(0, 0, 0)")])
     unet.draw_pair("0")[0].save("cat.jpg")
     shell(unet, "predict cat.jpg")
-    if Image.open("cat-overlay.png").mode != "1":
+    colours = {colour for count, colour in Image.open("cat-overlay.png").getcolors(10**6)}
+    if not colours <= {(0, 0, 0), (255, 255, 255)}:
         sys.exit("predict writes no black-and-white mask")
 
 def check_own_images(folder, words, value):
@@ -196,8 +198,8 @@ def check():
         check_edits()
         check_mask()
         check_own_images("white", "White becomes", lambda label: 0 if label == 2 else 255)
-        check_own_images("numbers", "Class numbers", lambda label: label - 1)
-        check_own_images("objects", "All numbers", lambda label: 0 if label == 2 else label)
+        check_own_images("numbers", "(mask)\n    if len(numbers", lambda label: label - 1)
+        check_own_images("objects", "(values != 0)", lambda label: 0 if label == 2 else label)
         check_several()
         check_select()
     print(f"{len(PARTS) + len(MISTAKES)} edits and all other code of README.md fit unet.py")
