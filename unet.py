@@ -13,9 +13,9 @@ each number in enc1 depends on 5x5 pixels of the image, in enc2 on 14x14, and in
 bottleneck on 140x140, cut off at the edges of the image. The bottleneck has many channels
 to describe what is in the image, but only 8x8 positions to say where.
 
-On the right side, the decoder doubles height and width four times. This alone cannot
-bring back the exact places of edges. So at each size, a skip connection appends the
-channels that the encoder had there.
+On the right side, the decoder doubles height and width four times. This alone leaves
+edges blurred. So at each size, a skip connection appends the channels that the encoder
+had there.
 
 Each pixel gets three numbers, one for each class, which are called logits. Softmax turns
 them into probabilities. The class with the largest logit is the prediction.
@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset, random_split
 from torchvision import datasets, utils
 from torchvision.transforms.functional import pil_to_tensor
 
-# A GPU (CUDA, or that of a Mac) if there is one, else the CPU.
+# A GPU (CUDA, Mac or other) if there is one, else the CPU.
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 # -------- data --------
