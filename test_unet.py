@@ -22,7 +22,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 def trained(tmp_path_factory):
     """The checkpoint of a small network that has learned 240 toys."""
     path = tmp_path_factory.mktemp("trained") / "toy.pt"
-    unet.train("toy", path, epochs=5, size=32, base=8, lr=4e-3, seed=SEED)
+    unet.train("toy", path, epochs=5, size=32, base=7, lr=4e-3, seed=SEED)
     return path
 
 def toys(count):
@@ -323,6 +323,7 @@ def test_training_images_come_in_another_order_each_epoch(dry_run):
     first, masks = next(iter(loader))
     second, masks = next(iter(loader))
 
+    assert first.shape == (8, 3, 16, 16)
     assert not torch.equal(first, second)
 
 def test_the_learning_rate_rises_to_lr_and_falls_almost_to_0(dry_run):
@@ -338,8 +339,7 @@ def test_the_learning_rate_rises_to_lr_and_falls_almost_to_0(dry_run):
     assert rates[:top] == sorted(rates[:top])
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert max(rates) == pytest.approx(0.02, rel=0.1)
-    assert rates[0] < 0.002
-    assert rates[-1] < 0.002
+    assert max(rates[0], rates[-1]) < 0.002
 
 def test_an_interrupted_run_keeps_its_finished_epochs(monkeypatch):
     val_losses = [3.0, 2.0]
