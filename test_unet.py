@@ -2,6 +2,7 @@
 import math, re
 from inspect import getsource
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest, torch, unet
 from PIL import Image
@@ -47,8 +48,8 @@ def test_training_and_test_have_their_own_photos(tmp_path):
     write_pet(tmp_path / "oxford-iiit-pet", "trainval", label=1)
     write_pet(tmp_path / "oxford-iiit-pet", "test", label=2)
 
-    [(photo, trimap)] = unet.open_pairs(tmp_path, "trainval")
-    [(test_photo, test_trimap)] = unet.open_pairs(tmp_path, "test")
+    [(_, trimap)] = unet.open_pairs(tmp_path, "trainval")
+    [(_, test_trimap)] = unet.open_pairs(tmp_path, "test")
 
     assert trimap.getpixel((0, 0)) == 1
     assert test_trimap.getpixel((0, 0)) == 2
@@ -70,7 +71,7 @@ def test_a_sample_is_an_image_from_0_to_1_and_a_mask_of_classes():
     image, mask = unet.PetDataset([two_pixels()], 2)[0]
 
     assert image.dtype == torch.float32
-    assert image[:, 0].tolist() == [[1, 0], [0, 0], [0, 0]]  # the first row of each colour
+    assert image[:, 0].tolist() == [[1, 0], [0, 0], [0, 0]]  # red, green and blue
     assert mask.dtype == torch.int64
     assert mask[0].tolist() == [PET, BORDER]
 
@@ -178,10 +179,10 @@ def test_other_numbers_of_channels_and_classes():
 # -------- training --------
 def test_cross_entropy_by_hand():
     """Two pixels. Their true classes, 0 and 1, have the probabilities 0.6 and 0.5."""
-    logits = torch.tensor([[[0.6, 0.3], [0.2, 0.5], [0.2, 0.2]]]).log()  # softmax undoes the log
+    probabilities = torch.tensor([[[0.6, 0.3], [0.2, 0.5], [0.2, 0.2]]])  # (1, classes, pixels)
     masks = torch.tensor([[0, 1]])
 
-    loss = unet.loss_fn(logits, masks)
+    loss = unet.loss_fn(probabilities.log(), masks)  # softmax undoes the log
 
     assert loss.item() == pytest.approx((-math.log(0.6) - math.log(0.5)) / 2)
 
@@ -241,8 +242,8 @@ def test_iou_by_hand():
 
     loss, iou = unet.evaluate(nn.Identity(), dataset)
 
-    assert iou[0] == pytest.approx(1 / 2)  # intersection: pixel 1, union: pixels 1 and 2
-    assert iou[1] == pytest.approx(2 / 3)  # intersection: pixels 3 and 4, union: 2, 3 and 4
+    assert iou[0] == pytest.approx(1 / 2)  # one pixel has class 0 in both, two in at least one
+    assert iou[1] == pytest.approx(2 / 3)  # two pixels have class 1 in both, three in at least one
     assert iou[2].isnan()  # it is nowhere
 
 def test_scores_are_over_all_pixels_and_not_over_batches():
@@ -301,7 +302,8 @@ def test_validation_images_are_never_trained_on(dry_run):
     """Otherwise the validation loss is good even if the network learns by heart."""
     received = dry_run()
 
-    assert not set(greys(received.loader.dataset)) & set(greys(received.val_set))
+    both = greys(received.loader.dataset) + greys(received.val_set)
+    assert sorted(both) == list(range(0, 100, 10))  # each image once
 
 def test_the_split_is_random_but_the_same_for_every_seed(dry_run):
     """Pets are sorted by breed: the last images would be breeds that were never trained on."""
@@ -338,18 +340,14 @@ def test_the_learning_rate_rises_to_lr_and_falls_almost_to_0(dry_run):
     top = rates.index(max(rates))
     assert rates[:top] == sorted(rates[:top])
     assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert max(rates) == pytest.approx(0.02, rel=0.1)
+    assert max(rates) == pytest.approx(0.02, rel=0.1)  # the peak is between two steps
     assert max(rates[0], rates[-1]) < 0.002
 
 def test_an_interrupted_run_keeps_its_finished_epochs(monkeypatch):
-    val_losses = [3.0, 2.0]
+    iou = torch.ones(3)
+    results = [(3.0, iou), (2.0, iou), KeyboardInterrupt]  # Ctrl-C in the third epoch
+    monkeypatch.setattr(unet, "evaluate", Mock(side_effect=results))
 
-    def evaluate(net, dataset):
-        if not val_losses:
-            raise KeyboardInterrupt  # Ctrl-C in the third epoch
-        return val_losses.pop(0), torch.ones(3)
-
-    monkeypatch.setattr(unet, "evaluate", evaluate)
     with pytest.raises(KeyboardInterrupt):
         unet.train("toy", epochs=5, size=16, base=1)
 
@@ -400,7 +398,7 @@ def grid(images):
 
 def test_show_draws_images_masks_predictions_and_losses(trained, monkeypatch):
     figure = unet.Figure(layout="constrained")
-    monkeypatch.setattr(unet, "Figure", lambda **options: figure)
+    monkeypatch.setattr(unet, "Figure", lambda **options: figure)  # to see what show draws
 
     unet.show(checkpoint=trained)
 
@@ -415,7 +413,7 @@ def test_show_draws_images_masks_predictions_and_losses(trained, monkeypatch):
     assert list(zip(lines["train loss"], lines["val loss"])) == saved["losses"]
 
 def test_predict_draws_the_classes_over_the_upright_photo(trained):
-    """Enlarged logits have smooth edges, but enlarged classes would have stairs."""
+    """A turned camera notes it in EXIF. Logits are enlarged, as classes would have stairs."""
     photo, trimap = unet.open_pairs("toy", "test")[0]
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned, so the photo must be turned clockwise
