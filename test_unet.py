@@ -23,7 +23,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 def trained(tmp_path_factory):
     """The checkpoint of a small network that has learned 240 toys."""
     path = tmp_path_factory.mktemp("trained") / "toy.pt"
-    unet.train("toy", path, epochs=5, size=32, base=7, lr=4e-3, seed=SEED)
+    unet.train("toy", path, epochs=5, size=32, base=9, lr=3e-3, seed=SEED)
     return path
 
 def toys(count):
@@ -407,6 +407,7 @@ def test_show_draws_images_masks_predictions_and_losses(trained, monkeypatch):
     predictions = net(images).argmax(dim=1)
     drawn = [axis.images[0].get_array() for axis in figure.axes[:3]]
     lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[3].lines}
+    assert [axis.get_title() for axis in figure.axes[:3]] == ["image", "ground truth", "prediction"]
     assert (drawn[0] == grid(images)).all()
     assert (drawn[1] == grid(unet.COLOURS[masks].movedim(-1, 1))).all()
     assert (drawn[2] == grid(unet.COLOURS[predictions].movedim(-1, 1))).all()
