@@ -71,7 +71,7 @@ def test_a_sample_is_an_image_from_0_to_1_and_a_mask_of_classes():
     image, mask = unet.PetDataset([two_pixels()], 2)[0]
 
     assert image.dtype == torch.float32
-    assert image[:, 0].tolist() == [[1, 0], [0, 0], [0, 0]]  # red, green and blue
+    assert image[:, 0].tolist() == [[1, 0], [0, 0], [0, 0]]  # RGB
     assert mask.dtype == torch.int64
     assert mask[0].tolist() == [PET, BORDER]
 
@@ -145,9 +145,13 @@ def test_a_decoder_block_gets_the_skip_beside_the_upsampled_channels():
     net = unet.UNet(base=2)
     run_and_record(net, torch.randn(1, 3, 32, 32))
 
+    below = net.bottleneck
     for up, skip, dec in ((net.up4, net.enc4, net.dec4), (net.up3, net.enc3, net.dec3),
                           (net.up2, net.enc2, net.dec2), (net.up1, net.enc1, net.dec1)):
+        assert torch.equal(up.input, below.output)
         assert torch.equal(dec.input, torch.cat((up.output, skip.output), dim=1))
+        below = dec
+    assert torch.equal(net.final.input, below.output)
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
 def test_a_skip_passes_gradients_to_its_encoder(level):
@@ -209,16 +213,12 @@ def test_gradients_do_not_pile_up():
 
     assert torch.allclose(twice.weight.grad, once.weight.grad)
 
-def test_an_epoch_returns_the_mean_loss_of_the_images():
-    """Here it is what evaluate returns. The second batch is smaller than the first."""
-    layer, loss, _ = train_one_layer(unet.DataLoader(toys(3), batch_size=2))
+def test_an_epoch_returns_its_mean_loss_and_steps_the_schedule():
+    """At a learning rate of 0, the loss is what evaluate returns. The second batch is smaller."""
+    layer, loss, schedule = train_one_layer(unet.DataLoader(toys(3), batch_size=2))
 
     assert loss == pytest.approx(unet.evaluate(layer, toys(3))[0])
-
-def test_every_batch_is_a_step_of_the_schedule():
-    _, _, schedule = train_one_layer(unet.DataLoader(toys(3), batch_size=2))
-
-    assert schedule.last_epoch == 2  # PyTorch's name for the number of steps
+    assert schedule.last_epoch == 2  # the number of steps
 
 def test_four_images_are_learned_by_heart():
     """If a network cannot learn four images, suspect the code and not the data."""
@@ -242,8 +242,8 @@ def test_iou_by_hand():
 
     loss, iou = unet.evaluate(nn.Identity(), dataset)
 
-    assert iou[0] == pytest.approx(1 / 2)  # one pixel has class 0 in both, two in at least one
-    assert iou[1] == pytest.approx(2 / 3)  # two pixels have class 1 in both, three in at least one
+    assert iou[0] == pytest.approx(1 / 2)  # one pixel in both, two in at least one
+    assert iou[1] == pytest.approx(2 / 3)  # two in both, three in at least one
     assert iou[2].isnan()  # it is nowhere
 
 def test_scores_are_over_all_pixels_and_not_over_batches():
@@ -398,7 +398,7 @@ def grid(images):
 
 def test_show_draws_images_masks_predictions_and_losses(trained, monkeypatch):
     figure = unet.Figure(layout="constrained")
-    monkeypatch.setattr(unet, "Figure", lambda **options: figure)  # to see what show draws
+    monkeypatch.setattr(unet, "Figure", lambda **options: figure)
 
     unet.show(checkpoint=trained)
 
