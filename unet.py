@@ -82,7 +82,7 @@ def conv_block(in_ch, out_ch):
     """Two 3x3 convolutions: (N, in_ch, H, W) to (N, out_ch, H, W).
 
     In training, BatchNorm gives each channel mean 0 and variance 1 over all pixels of
-    the batch. Then it multiplies by a learned number and adds another. So all layers
+    the batch. Then it multiplies by a learned number and adds another. So all blocks
     start with outputs of a similar range, which makes training easier. Subtracting the
     mean would cancel a bias, so the convolutions have none."""
     return nn.Sequential(
