@@ -1,85 +1,55 @@
 """Examples that explain unet.py, in its order. Run them with `python -m pytest`."""
-import math, re
+import math, pickle, re, sys
 from inspect import getsource
-from types import SimpleNamespace
-from unittest.mock import Mock
+from pathlib import Path
+from runpy import run_path
+from unittest.mock import MagicMock, Mock
 
 import pytest, torch, unet
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
+from torch.utils.data import DataLoader, RandomSampler, Subset
+from torchvision import datasets, utils
 
-unet.DEVICE = torch.device("cpu")  # no test needs a GPU
+unet.DEVICE, unet.BF16 = torch.device("cpu"), False  # no test needs a GPU
 torch.set_num_threads(1)
-SEED = 0  # any other does as well
-PET, BORDER = 0, 2
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(SEED)
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """The checkpoint of a small network that has learned 240 toys."""
-    path = tmp_path_factory.mktemp("trained") / "toy.pt"
-    unet.train("toy", path, epochs=5, size=32, base=9, lr=3e-3, seed=SEED)
-    return path
+    torch.manual_seed(0)  # any other does as well
 
 def toys(count):
     """A dataset of so many toys, 32 pixels wide."""
     return unet.PetDataset(unet.open_pairs("toy", "test")[:count], 32)
 
-def batch(dataset):
-    """All images (N, 3, H, W) and masks (N, H, W)."""
-    return next(iter(unet.DataLoader(dataset, len(dataset))))
+def pictures(dataset):
+    return {image.numpy().tobytes() for image, mask in dataset.samples}
 
 # -------- data --------
-def write_pet(folder, split, label):
-    """A photo and its trimap, in the layout of the Oxford-IIIT Pets."""
-    for part in ("images", "annotations/trimaps"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (40, 30)).save(folder / f"images/{split}_1.jpg")
-    Image.new("L", (40, 30), label).save(folder / f"annotations/trimaps/{split}_1.png")
-    (folder / f"annotations/{split}.txt").write_text(f"{split}_1 1 1 1\n")
-
-def test_training_and_test_have_their_own_photos(tmp_path):
-    """If they share photos, the test scores are too good."""
-    write_pet(tmp_path / "oxford-iiit-pet", "trainval", label=1)
-    write_pet(tmp_path / "oxford-iiit-pet", "test", label=2)
-
-    [(_, trimap)] = unet.open_pairs(tmp_path, "trainval")
-    [(_, test_trimap)] = unet.open_pairs(tmp_path, "test")
-
-    assert trimap.getpixel((0, 0)) == 1
-    assert test_trimap.getpixel((0, 0)) == 2
-
 def test_no_toy_is_in_both_training_and_test():
-    training = {image.tobytes() for image, trimap in unet.open_pairs("toy", "trainval")}
-    test = {image.tobytes() for image, trimap in unet.open_pairs("toy", "test")}
+    training = unet.PetDataset(unet.open_pairs("toy", "trainval"), 32)
 
-    assert not training & test
+    assert not pictures(training) & pictures(toys(300))
 
 def two_pixels():
-    """Red beside black, which is pet beside border."""
-    image, trimap = Image.new("RGB", (2, 1)), Image.new("L", (2, 1))
-    image.putdata([(255, 0, 0), (0, 0, 0)])
-    trimap.putdata([1, 3])
-    return image, trimap
+    """A pair of red beside black, which is pet beside border."""
+    image = Image.frombytes("RGB", (2, 1), bytes([255, 0, 0, 0, 0, 0]))
+    return image, Image.frombytes("L", (2, 1), bytes([1, 3]))
 
 def test_a_sample_is_an_image_from_0_to_1_and_a_mask_of_classes():
     image, mask = unet.PetDataset([two_pixels()], 2)[0]
 
-    assert image.dtype == torch.float32
-    assert image[:, 0].tolist() == [[1, 0], [0, 0], [0, 0]]  # RGB
-    assert mask.dtype == torch.int64
-    assert mask[0].tolist() == [PET, BORDER]
+    assert (image.dtype, mask.dtype) == (torch.float32, torch.int64)
+    assert image[:, 0].tolist() == [[1, 0], [0, 0], [0, 0]]  # red, green, blue
+    assert mask[0].tolist() == [0, 2]  # pet, border
 
 def test_resizing_a_mask_makes_no_new_classes():
     """The mean of pet and border would be background."""
     image, mask = unet.PetDataset([two_pixels()], 3)[0]
 
-    assert mask.unique().tolist() == [PET, BORDER]
+    assert mask.unique().tolist() == [0, 2]  # pet, border
 
 def test_mirroring_turns_image_and_mask_together():
     """If only the image is turned, the network learns wrong edges, and no error tells."""
@@ -87,20 +57,55 @@ def test_mirroring_turns_image_and_mask_together():
 
     samples = [dataset[0] for _ in range(40)]
 
-    red_left = [image[0, 0, 0].item() == 1 for image, mask in samples]
-    pet_left = [mask[0, 0].item() == PET for image, mask in samples]
-    assert red_left == pet_left
-    assert set(red_left) == {True, False}
+    left = {(image[0, 0, 0].item(), mask[0, 0].item()) for image, mask in samples}
+    assert left == {(1, 0), (0, 2)}  # red with pet, or black with border
 
 @pytest.mark.parametrize("label", [0, 4, 255])
 def test_a_label_without_a_class_is_refused_with_its_file(label):
     Image.new("L", (2, 2), label).save("trimap.png")
-    pair = Image.new("RGB", (2, 2)), Image.open("trimap.png")
 
     with pytest.raises(ValueError, match=f"trimap.png.*{label}"):
-        unet.PetDataset([pair], 2)
+        unet.PetDataset([(Image.new("RGB", (2, 2)), Image.open("trimap.png"))], 2)
+
+def test_a_lost_pair_is_not_the_end_of_the_data():
+    """A plain loop would stop at an IndexError, and train on fewer images without a word."""
+    with pytest.raises(IndexError):
+        unet.PetDataset(Subset([two_pixels()], [0, 1]), 2)  # there is no second pair
 
 # -------- model --------
+def test_an_image_becomes_logits_of_its_own_size():
+    net = unet.UNet(in_channels=1, out_classes=5, base=2)
+
+    assert net(torch.zeros(2, 1, 32, 48)).shape == (2, 5, 32, 48)
+
+def test_every_shape_on_the_page_is_true():
+    """Run forward line by line, and compare each result with the comment beside it."""
+    source = getsource(unet.UNet.forward)
+    lines = re.findall(r"(\w+)(?: =)? ([^:\n]+?) +# \(N, +(\d+), +(\d+), +(\d+)\)", source)
+    found = {"torch": torch, "self": unet.UNet(base=64), "x": torch.zeros(1, 3, 128, 128)}
+
+    assert len(lines) == 18  # five for the encoder, three for each level of the decoder, logits
+    for name, code, *shape in lines:
+        found[name] = eval(code, found)
+        assert found[name].shape == (1, *map(int, shape)), code
+
+    for level in (1, 2, 3, 4):  # in the opening drawing
+        shape = tuple(found[f"e{level}"].shape[1:])
+        assert f"enc{level}  {shape}" in unet.__doc__ and f"dec{level}  {shape}" in unet.__doc__
+
+def test_a_block_is_convolution_batchnorm_relu_twice():
+    layers = [type(layer).__name__ for layer in unet.conv_block(3, 5)]
+
+    assert layers == 2 * ["Conv2d", "BatchNorm2d", "ReLU"]
+
+def test_pooling_keeps_the_largest_of_2x2():
+    image = torch.tensor([[[[0.0, 1.0], [2.0, 5.0]]]])
+
+    assert unet.UNet(base=1).pool(image).tolist() == [[[[5.0]]]]
+
+def test_the_last_layer_classifies_each_pixel_by_itself():
+    assert unet.UNet(base=1).final.kernel_size == (1, 1)
+
 def run_and_record(net, images):
     """Run the network. Each of its parts keeps its input and its output."""
     def record(part, inputs, output):
@@ -108,250 +113,196 @@ def run_and_record(net, images):
 
     for part in net.children():
         part.register_forward_hook(record)
-    return net(images)
+    net(images)
 
-def test_every_shape_comment_of_forward_is_true():
-    net = unet.UNet(base=64)
-    run_and_record(net, torch.zeros(1, 3, 128, 128))
-
-    shapes = [net.enc1.input.shape]
-    for name, part in net.named_children():  # in the order of forward
-        if name.startswith("dec"):
-            shapes.append(part.input.shape)
-        if name != "pool":
-            shapes.append(part.output.shape)
-    comments = re.findall(r"# \(N, +(\d+), +(\d+), +(\d+)\)", getsource(net.forward))
-
-    assert [(1, *map(int, comment)) for comment in comments] == shapes
-
-def test_a_block_is_convolution_batchnorm_relu_twice():
-    block, x = unet.conv_block(3, 5), torch.randn(2, 3, 8, 8)
-
-    y = x
-    for convolution in (block[0], block[3]):
-        y = F.conv2d(y, convolution.weight, padding=1)
-        variance, mean = torch.var_mean(y, (0, 2, 3), correction=0, keepdim=True)
-        y = ((y - mean) / variance.sqrt()).clamp(min=0)
-
-    assert torch.allclose(block(x), y, atol=1e-3)
-
-def test_pooling_keeps_the_largest_of_2x2():
-    image = torch.tensor([[[[0.0, 1.0], [2.0, 5.0]]]])
-
-    assert unet.UNet(base=1).pool(image).tolist() == [[[[5.0]]]]
-
-def test_a_decoder_block_gets_the_skip_beside_the_upsampled_channels():
-    """Red if you cut a skip, as in `0 * e4`."""
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_a_decoder_block_gets_the_skip_beside_the_upsampled_channels(level):
+    """Red if you cut or detach a skip, as in `0 * e4`."""
     net = unet.UNet(base=2)
     run_and_record(net, torch.randn(1, 3, 32, 32))
 
-    below = net.bottleneck
-    for up, skip, dec in ((net.up4, net.enc4, net.dec4), (net.up3, net.enc3, net.dec3),
-                          (net.up2, net.enc2, net.dec2), (net.up1, net.enc1, net.dec1)):
-        assert torch.equal(up.input, below.output)
-        assert torch.equal(dec.input, torch.cat((up.output, skip.output), dim=1))
-        below = dec
-    assert torch.equal(net.final.input, below.output)
+    previous = net.bottleneck if level == 4 else net.get_submodule(f"dec{level + 1}")
+    up, enc, dec = [net.get_submodule(f"{part}{level}") for part in ("up", "enc", "dec")]
+    assert torch.equal(up.input, previous.output)
+    assert torch.equal(dec.input, torch.cat((up.output, enc.output), dim=1))
 
-@pytest.mark.parametrize("level", [1, 2, 3, 4])
-def test_a_skip_passes_gradients_to_its_encoder(level):
-    """Red if you cut or detach a skip. With zero weights in up, no other way is left."""
-    net = unet.UNet(base=2)
-    net.get_submodule(f"up{level}").weight.data.zero_()
-
-    net(torch.randn(2, 3, 32, 32)).square().sum().backward()
-
-    assert net.get_submodule(f"enc{level}")[0].weight.grad.abs().max() > 0
+    upsampled, skip = dec.input.chunk(2, dim=1)
+    [gradient] = torch.autograd.grad(skip.sum(), enc.output)
+    assert (gradient == 1).all()
 
 @pytest.mark.parametrize("part, width", [("enc1", 5), ("enc2", 14), ("bottleneck", 140)])
 def test_how_far_a_level_sees(part, width):
     """A number depends on a pixel if its gradient there is not 0."""
-    net, image = unet.UNet(base=4).eval(), torch.rand(1, 3, 256, 256, requires_grad=True)
+    net, image = unet.UNet(base=1).eval(), torch.rand(1, 3, 256, 256, requires_grad=True)
+    for weights in net.parameters():
+        weights.data.abs_()  # so that no ReLU gives 0
+    net.pool = nn.AvgPool2d(2)  # the largest number would get all the gradient of the four
+
     run_and_record(net, image)
     output = net.get_submodule(part).output
+    output[0, 0, output.shape[2] // 2, output.shape[3] // 2].backward()  # in the middle
 
-    output[0, :, output.shape[2] // 2, output.shape[3] // 2].sum().backward()  # in the middle
-
-    columns = image.grad[0].abs().sum(dim=(0, 1)).nonzero()  # over colours and rows
+    columns = image.grad[0].sum(dim=(0, 1)).nonzero()  # over colours and rows
     assert columns.max() - columns.min() + 1 == width
 
-def test_other_numbers_of_channels_and_classes():
-    net = unet.UNet(in_channels=1, out_classes=5, base=2)
-
-    assert net(torch.zeros(2, 1, 32, 48)).shape == (2, 5, 32, 48)
-
 # -------- training --------
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_used_if_the_cpu_is_fast_at_it(fast, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
+
+    assert run_path(unet.__file__)["BF16"] == fast
+
 def test_cross_entropy_by_hand():
     """Two pixels. Their true classes, 0 and 1, have the probabilities 0.6 and 0.5."""
     probabilities = torch.tensor([[[0.6, 0.3], [0.2, 0.5], [0.2, 0.2]]])  # (1, classes, pixels)
-    masks = torch.tensor([[0, 1]])
 
-    loss = unet.loss_fn(probabilities.log(), masks)  # softmax undoes the log
+    loss = unet.loss_fn(probabilities.log(), torch.tensor([[0, 1]]))  # softmax undoes the log
 
     assert loss.item() == pytest.approx((-math.log(0.6) - math.log(0.5)) / 2)
 
-def constant_rate(optimizer):
-    """A schedule that leaves the learning rate as it is."""
-    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
-
-def train_one_layer(loader):
-    """An epoch with a learning rate of 0, so that the layer stays as it is."""
-    torch.manual_seed(SEED)
-    layer = nn.Conv2d(3, 3, 1)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0)
-    schedule = constant_rate(optimizer)
-
-    loss = unet.train_epoch(layer, loader, optimizer, schedule)
-    return layer, loss, schedule
+def train_epoch(net, loader, lr=0.0):
+    """An epoch at a constant learning rate. At 0, the network stays as it is."""
+    optimizer = torch.optim.SGD(net.parameters(), lr)
+    return unet.train_epoch(net, loader, optimizer, schedule=Mock())
 
 def test_gradients_do_not_pile_up():
-    """Red without zero_grad: a second step on the same image would have twice the gradient."""
-    [sample] = toys(1)
+    """Red without zero_grad: the second step on an image would have twice the gradient."""
+    layer, loader = nn.Conv2d(3, 3, 1), DataLoader(toys(1))
 
-    once, _, _ = train_one_layer(unet.DataLoader([sample]))
-    twice, _, _ = train_one_layer(unet.DataLoader([sample, sample]))
+    train_epoch(layer, loader)
+    once = layer.weight.grad.clone()
+    train_epoch(layer, loader)
 
-    assert torch.allclose(twice.weight.grad, once.weight.grad)
+    assert torch.equal(layer.weight.grad, once)
 
-def test_an_epoch_returns_its_mean_loss_and_steps_the_schedule():
-    """At a learning rate of 0, the loss is what evaluate returns. The second batch is smaller."""
-    layer, loss, schedule = train_one_layer(unet.DataLoader(toys(3), batch_size=2))
+def test_an_epoch_returns_its_mean_loss():
+    """At a learning rate of 0, it is what evaluate returns. The second batch is smaller."""
+    layer = nn.Conv2d(3, 3, 1)
 
-    assert loss == pytest.approx(unet.evaluate(layer, toys(3))[0])
-    assert schedule.last_epoch == 2  # the number of steps
+    loss = train_epoch(layer, DataLoader(toys(3), batch_size=2))
 
-def test_four_images_are_learned_by_heart():
-    """If a network cannot learn four images, suspect the code and not the data."""
-    net, loader = unet.UNet(base=8), unet.DataLoader(toys(4), 4)
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    assert loss == pytest.approx(unet.evaluate(layer, toys(3))[0], rel=1e-5)
+
+def test_four_images_are_memorized():
+    """If a network cannot memorize four images, suspect the code and not the data."""
+    net, loader = unet.UNet(base=8), DataLoader(toys(4), batch_size=4)
 
     for epoch in range(100):
-        unet.train_epoch(net, loader, optimizer, constant_rate(optimizer))
+        train_epoch(net, loader, lr=0.5)
 
     loss, iou = unet.evaluate(net, loader.dataset)
-    assert loss < 0.1
-    assert iou.min() > 0.9
+    assert loss < 0.1 and iou.min() > 0.9
 
 def row(prediction, mask):
     """An image that is its own logits, so that nn.Identity predicts `prediction`, and a mask."""
-    image = F.one_hot(torch.tensor([prediction]), 3).movedim(-1, 0).float()  # (3, 1, W)
+    image = nn.functional.one_hot(torch.tensor([prediction]), 3).movedim(-1, 0).float()  # (3, 1, W)
     return image, torch.tensor([mask])
 
 def test_iou_by_hand():
-    dataset = [row(prediction=[0, 1, 1, 1], mask=[0, 0, 1, 1])]
-
-    loss, iou = unet.evaluate(nn.Identity(), dataset)
+    loss, iou = unet.evaluate(nn.Identity(), [row(prediction=[0, 1, 1, 1], mask=[0, 0, 1, 1])])
 
     assert iou[0] == pytest.approx(1 / 2)  # one pixel in both, two in at least one
     assert iou[1] == pytest.approx(2 / 3)  # two in both, three in at least one
     assert iou[2].isnan()  # it is nowhere
 
 def test_scores_are_over_all_pixels_and_not_over_batches():
-    """The last of 65 images is alone in its batch, but counts like each of the others."""
+    """After eight batches of eight, the last image is alone, but counts like the others."""
     right, wrong = row([0, 1], [0, 1]), row([1, 0], [0, 1])
 
     loss, iou = unet.evaluate(nn.Identity(), 64 * [right] + [wrong])
 
-    right_loss, _ = unet.evaluate(nn.Identity(), [right])
-    wrong_loss, _ = unet.evaluate(nn.Identity(), [wrong])
+    right_loss, wrong_loss = [unet.evaluate(nn.Identity(), [one])[0] for one in (right, wrong)]
     assert iou[0] == pytest.approx(64 / 66)  # the wrong image adds two pixels to the union
     assert loss == pytest.approx((64 * right_loss + wrong_loss) / 65)
 
 def test_batchnorm_learns_its_averages_in_training_alone():
     """Red without net.train() or net.eval()."""
     net = unet.UNet(base=1)
-    average = net.enc1[1].running_mean
-    optimizer = torch.optim.SGD(net.parameters())
 
     unet.evaluate(net, toys(1))
-    assert (average == 0).all()
+    assert (net.enc1[1].running_mean == 0).all()
 
-    unet.train_epoch(net, unet.DataLoader(toys(1)), optimizer, constant_rate(optimizer))
-    assert (average != 0).any()
+    train_epoch(net, DataLoader(toys(1)))
+    assert (net.enc1[1].running_mean != 0).any()
 
 @pytest.fixture
 def dry_run(monkeypatch):
-    """Runs train on ten grey images, 0, 10, ... 90. Returns what train_epoch and evaluate got."""
-    def run(**options):
-        received = SimpleNamespace()
+    """Runs train without training. Returns its loader, its schedule and its validation set."""
+    iou = torch.tensor([0.5, math.nan, 1.0])  # the background is nowhere
+    monkeypatch.setattr(unet, "train_epoch", Mock(return_value=1.0))
+    monkeypatch.setattr(unet, "evaluate", Mock(return_value=(1.0, iou)))
 
-        def open_greys(data, split):
-            assert split == "trainval"
-            return [(Image.new("RGB", (4, 4), (k, k, k)), Image.new("L", (4, 4), 1))
-                    for k in range(0, 100, 10)]
-
-        def train_epoch(net, loader, optimizer, schedule):
-            received.loader, received.optimizer, received.schedule = loader, optimizer, schedule
-            return 1.0
-
-        def evaluate(net, dataset):
-            received.val_set = dataset
-            return 1.0, torch.ones(3)
-
-        monkeypatch.setattr(unet, "open_pairs", open_greys)
-        monkeypatch.setattr(unet, "train_epoch", train_epoch)
-        monkeypatch.setattr(unet, "evaluate", evaluate)
-        unet.train(size=16, base=1, **options)
-        return received
+    def run(data="toy", **options):
+        unet.train(data, size=16, base=1, **options)
+        net, loader, optimizer, schedule = unet.train_epoch.call_args.args
+        net, val_set = unet.evaluate.call_args.args
+        return loader, schedule, val_set
     return run
 
-def greys(dataset):
-    return [round(image[0, 0, 0].item() * 255) for image, mask in dataset]
-
 def test_validation_images_are_never_trained_on(dry_run):
-    """Otherwise the validation loss is good even if the network learns by heart."""
-    received = dry_run()
+    """Otherwise the validation loss is good even if the network memorizes."""
+    loader, schedule, val_set = dry_run()
 
-    both = greys(received.loader.dataset) + greys(received.val_set)
-    assert sorted(both) == list(range(0, 100, 10))  # each image once
+    everything = pictures(unet.PetDataset(unet.open_pairs("toy", "trainval"), 16))
+    assert pictures(loader.dataset) == everything - pictures(val_set)
+    assert len(loader.dataset) > 2 * len(val_set) > 0
 
 def test_the_split_is_random_but_the_same_for_every_seed(dry_run):
     """Pets are sorted by breed: the last images would be breeds that were never trained on."""
-    one, two = greys(dry_run(seed=1).val_set), greys(dry_run(seed=2).val_set)
+    _, _, one = dry_run(seed=1)
+    _, _, two = dry_run(seed=2)
 
-    assert one == two
-    assert sorted(one) not in ([0, 10], [80, 90])
+    last = unet.PetDataset(unet.open_pairs("toy", "trainval")[-len(one):], 16)
+    assert pictures(one) == pictures(two) != pictures(last)
 
-def test_only_training_images_are_mirrored(dry_run):
-    received = dry_run()
+def test_training_images_are_shuffled_and_mirrored_but_not_validation_images(dry_run):
+    loader, schedule, val_set = dry_run(batch_size=7)
 
-    assert received.loader.dataset.mirror
-    assert not received.val_set.mirror
-
-def test_training_images_come_in_another_order_each_epoch(dry_run):
-    """In the order of breeds, the network would forget the first ones."""
-    loader = dry_run(batch_size=8).loader
-
-    first, masks = next(iter(loader))
-    second, masks = next(iter(loader))
-
-    assert first.shape == (8, 3, 16, 16)
-    assert not torch.equal(first, second)
+    images, masks = next(iter(loader))
+    assert images.shape == (7, 3, 16, 16)
+    assert isinstance(loader.sampler, RandomSampler)
+    assert loader.dataset.mirror and not val_set.mirror
 
 def test_the_learning_rate_rises_to_lr_and_falls_almost_to_0(dry_run):
-    received = dry_run(epochs=3, batch_size=1, lr=0.02)
+    loader, schedule, val_set = dry_run(epochs=3, lr=0.02, batch_size=6)
 
     rates = []
-    for _ in range(3 * len(received.loader)):
-        rates.append(received.optimizer.param_groups[0]["lr"])
-        received.optimizer.step()  # without it, the schedule warns
-        received.schedule.step()
+    for _ in range(3 * len(loader)):
+        rates += schedule.get_last_lr()
+        schedule.optimizer.step()  # without it, the schedule warns
+        schedule.step()
 
-    top = rates.index(max(rates))
-    assert rates[:top] == sorted(rates[:top])
-    assert rates[top:] == sorted(rates[top:], reverse=True)
     assert max(rates) == pytest.approx(0.02, rel=0.1)  # the peak is between two steps
-    assert max(rates[0], rates[-1]) < 0.002
+    assert rates[0] < 0.002 and rates[-1] < 0.002
+    settings, defaults = schedule.optimizer.param_groups[0], schedule.optimizer.defaults
+    assert settings.get("momentum") == defaults.get("momentum")  # all else stays as it is
 
-def test_an_interrupted_run_keeps_its_finished_epochs(monkeypatch):
-    iou = torch.ones(3)
-    results = [(3.0, iou), (2.0, iou), KeyboardInterrupt]  # Ctrl-C in the third epoch
-    monkeypatch.setattr(unet, "evaluate", Mock(side_effect=results))
+def test_miou_is_over_the_classes_that_occur(dry_run, capsys):
+    dry_run()
+    assert "0.750" in capsys.readouterr().out  # (0.5 + 1) / 2, as background is nan
 
+def test_photos_come_from_the_folder_and_the_split_that_are_asked_for(dry_run, monkeypatch):
+    monkeypatch.setattr(datasets, "OxfordIIITPet", Mock(return_value=10 * [two_pixels()]))
+
+    dry_run(data=Path("pets"))
+    unet.test(checkpoint="unet.pt")
+
+    asked_for = [call.args[:2] for call in datasets.OxfordIIITPet.call_args_list]
+    assert asked_for == [(Path("pets"), "trainval"), ("pets", "test")]
+
+def test_an_interrupted_run_keeps_its_finished_epochs(dry_run, monkeypatch):
+    def save(saved, path):
+        if len(saved["losses"]) == 3:
+            Path(path).write_text("half")
+            raise KeyboardInterrupt  # Ctrl-C
+        torch.serialization.save(saved, path)
+
+    monkeypatch.setattr(torch, "save", save)
     with pytest.raises(KeyboardInterrupt):
-        unet.train("toy", epochs=5, size=16, base=1)
+        dry_run(epochs=5)
 
-    assert [val_loss for train_loss, val_loss in torch.load("unet.pt")["losses"]] == [3.0, 2.0]
+    assert len(torch.load("unet.pt")["losses"]) == 2
 
 def test_the_seed_decides_the_network():
     def train(seed):
@@ -361,69 +312,104 @@ def test_the_seed_decides_the_network():
     assert torch.equal(train(seed=1), train(seed=1))
     assert not torch.equal(train(seed=1), train(seed=2))
 
-# -------- using it --------
-def test_five_epochs_are_enough_for_new_toys(trained):
-    saved, net = unet.load(trained)
+# -------- using it: here as a shell would, on one network for all tests --------
+def shell(words):
+    sys.argv = ["unet.py", *words.split()]
+    unet.main()
 
-    loss, iou = unet.evaluate(net, toys(300))
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The checkpoint of a small network that was trained on 240 toys."""
+    path = tmp_path_factory.mktemp("trained") / "new/toy.pt"  # train makes the folder
+    shell(f"train --data toy --checkpoint {path} --epochs 5 --size 32 --base 9 --lr 3e-3")
+    return path
+
+def test_five_epochs_are_enough_for_new_toys(trained):
+    """Red without schedule.step, which leaves the learning rate as low as it starts."""
+    loss, iou = unet.evaluate(unet.load(trained)[1], toys(300))
 
     assert iou.min() > 0.6  # the border is the hardest class
 
-def test_an_image_gets_the_same_logits_alone_and_in_a_batch(trained):
-    """Red in training mode, where BatchNorm takes mean and variance of the whole batch."""
-    saved, net = unet.load(trained)
-    images, masks = batch(toys(8))
+def test_a_loaded_network_is_in_evaluation_mode(trained):
+    """In training mode, a prediction would depend on the other images of its batch."""
+    assert not unet.load(trained)[1].training
 
-    assert torch.allclose(net(images)[:1], net(images[:1]), atol=1e-4)
-
-def test_test_prints_the_scores_of_the_test_images(trained, monkeypatch, capsys):
-    """A class that is nowhere, here the background, is nan and in no mean."""
-    def evaluate(net, dataset):
-        assert torch.equal(dataset[0][0], toys(1)[0][0])
-        return 0.25, torch.tensor([0.5, math.nan, 1.0])
-
-    monkeypatch.setattr(unet, "evaluate", evaluate)
-    unet.test(checkpoint=trained)
+def test_test_prints_the_scores(trained, dry_run, capsys):
+    shell(f"test --checkpoint {trained}")
 
     printed = capsys.readouterr().out
-    assert "0.250" in printed
-    assert "mIoU 0.750" in printed  # (1/2 + 1) / 2
-    assert "Dice 0.833" in printed  # (2/3 + 1) / 2
-    assert "pet 0.500" in printed
-    assert "border 1.000" in printed
-
-def grid(images):
-    """Six images (6, 3, H, W) beside each other, as matplotlib takes them."""
-    return unet.utils.make_grid(images, nrow=6).movedim(0, -1).numpy()
+    assert "0.750" in printed  # mIoU: (1/2 + 1) / 2
+    assert "0.833" in printed  # Dice: (2/3 + 1) / 2
+    assert "pet 0.500" in printed and "border 1.000" in printed
 
 def test_show_draws_images_masks_predictions_and_losses(trained, monkeypatch):
-    figure = unet.Figure(layout="constrained")
+    figure = Figure(layout="constrained")
     monkeypatch.setattr(unet, "Figure", lambda **options: figure)
 
-    unet.show(checkpoint=trained)
+    shell(f"show --checkpoint {trained}")
 
     saved, net = unet.load(trained)
-    images, masks = batch([toys(300)[i] for i in range(0, 300, 50)])
-    predictions = net(images).argmax(dim=1)
-    drawn = [axis.images[0].get_array() for axis in figure.axes[:3]]
-    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[3].lines}
-    assert [axis.get_title() for axis in figure.axes[:3]] == ["image", "ground truth", "prediction"]
-    assert (drawn[0] == grid(images)).all()
-    assert (drawn[1] == grid(unet.COLOURS[masks].movedim(-1, 1))).all()
-    assert (drawn[2] == grid(unet.COLOURS[predictions].movedim(-1, 1))).all()
-    assert list(zip(lines["train loss"], lines["val loss"])) == saved["losses"]
+    images, masks = next(iter(DataLoader(Subset(toys(300), range(0, 300, 50)), batch_size=6)))
+    rows = {"image": images, "ground truth": unet.COLOURS[masks].movedim(-1, 1),
+            "prediction": unet.COLOURS[net(images).argmax(dim=1)].movedim(-1, 1)}
+    for axis, title in zip(figure.axes, rows):
+        grid = utils.make_grid(rows[title], nrow=6).movedim(0, -1)
+        assert axis.get_title() == title and (axis.images[0].get_array() == grid.numpy()).all()
+
+    assert len(unet.COLOURS.unique(dim=0)) == 3  # each class has a colour of its own
+    train_line, val_line = figure.axes[3].lines[:2]
+    assert train_line.get_label() == "train loss"
+    assert list(zip(train_line.get_ydata(), val_line.get_ydata())) == saved["losses"]
+    assert list(train_line.get_xdata()) == [1, 2, 3, 4, 5]
+    assert trained.with_suffix(".png").exists()
 
 def test_predict_draws_the_classes_over_the_upright_photo(trained):
     """A turned camera notes it in EXIF. Logits are enlarged, as classes would have stairs."""
-    photo, trimap = unet.open_pairs("toy", "test")[0]
+    toy, trimap = unet.open_pairs("toy", "test")[0]
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned, so the photo must be turned clockwise
-    photo.transpose(Image.Transpose.ROTATE_90).save("toy.png", exif=exif)
+    toy.transpose(Image.Transpose.ROTATE_90).convert("RGBA").save("toy.png", exif=exif)
 
-    unet.predict("toy.png", trained)
+    shell(f"predict toy.png --checkpoint {trained}")
 
-    images, masks = batch(toys(1))
-    logits = F.interpolate(unet.load(trained)[1](images), photo.size[::-1], mode="bilinear")
+    saved, net = unet.load(trained)
+    image, mask = toys(1)[0]
+    logits = nn.functional.interpolate(net(image[None]), toy.size[::-1], mode="bilinear")
     colours = Image.fromarray(unet.COLOURS[logits.argmax(dim=1)[0]].numpy())
-    wanted = Image.blend(photo, colours, 0.5)
-    assert Image.open("toy-overlay.png").tobytes() == wanted.tobytes()
+    assert Image.open("toy-overlay.png").tobytes() == Image.blend(toy, colours, 0.5).tobytes()
+
+@pytest.mark.parametrize("words, told", [
+    ("train", "no route"),  # to the photos, which are not here
+    ("test --checkpoint {toy.pt} --data elsewhere", "no route"),
+    ("show --checkpoint {toy.pt} --data elsewhere", "no route"),
+    ("train --data toy --size 40", "40"),
+    ("test --checkpoint none.pt", "none.pt"),
+    ("predict {toy.pt} --checkpoint {toy.pt}", "toy.pt"),  # no image
+    ("predict deep.png --checkpoint {toy.pt}", "deep.png"),
+    ("test --epochs 1", "2")])  # the exit status of argparse
+def test_what_does_not_fit_ends_in_one_line(words, told, trained, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=OSError("no route")))
+    Image.new("I;16", (32, 32)).save("deep.png")  # 16 bits, of which Pillow would keep 8
+
+    with pytest.raises(SystemExit, match=rf"\A.*{told}.*\Z"):
+        shell(words.replace("{toy.pt}", str(trained)))
+
+@pytest.mark.filterwarnings("ignore:.*is a no-op")  # a meta tensor takes no saved values
+@pytest.mark.parametrize("words", ["train --data toy --size 16 --batch-size 9", "test", "show",
+                                   "predict toy.png"])
+def test_all_tensors_are_on_the_device(trained, words, monkeypatch):
+    """Meta tensors have no values. A command must fail at reading one, not at mixing devices."""
+    unet.draw_toy("0")[0].save("toy.png")
+    monkeypatch.setattr(unet, "DEVICE", torch.device("meta"))
+    monkeypatch.setattr(unet, "loss_fn", Mock(return_value=torch.ones((), requires_grad=True)))
+    monkeypatch.setattr(torch, "autocast", MagicMock())
+
+    with pytest.raises((RuntimeError, TypeError), match="meta tensor|Tensor.__format__"):
+        shell(f"{words} --checkpoint {trained}")
+    assert all(tensor.is_meta for call in unet.loss_fn.call_args_list for tensor in call.args)
+
+def test_a_checkpoint_cannot_run_a_command():
+    Path("evil.pt").write_bytes(b"cos\nsystem\n(S'touch sprung'\ntR.")  # os.system("touch sprung")
+
+    with pytest.raises(pickle.UnpicklingError):
+        unet.load("evil.pt")

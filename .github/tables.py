@@ -49,7 +49,7 @@ def edited(pairs):
     return unet
 
 def shell(unet, words):
-    """Run a command as a shell would, under the same mixed precision."""
+    """Run a command as a shell would."""
     sys.argv = ["unet.py", *words.split()]
     unet.main()
 
@@ -128,7 +128,7 @@ def check_edits():
 def check_mask():
     unet = edited([("0.5).save", "1).save"), ("(230, 159, 0)", "(255, 255, 255)"),
                    ("(0, 90, 150)", "(0, 0, 0)"), ("(240, 240, 240)", "(0, 0, 0)")])
-    unet.draw_pair("0")[0].save("cat.jpg")
+    unet.draw_toy("0")[0].save("cat.jpg")
     shell(unet, "predict cat.jpg")
     colours = {colour for count, colour in Image.open("cat-overlay.png").getcolors(10**6)}
     if not colours <= {(0, 0, 0), (255, 255, 255)}:
@@ -140,7 +140,7 @@ def check_own_images(folder, words, value):
         Path(folder, part).mkdir(parents=True)
     original = edited([])
     for k in range(10):
-        image, trimap = original.draw_pair(str(k))
+        image, trimap = original.draw_toy(str(k))
         image.save(f"{folder}/images/{k}.jpg")
         trimap.point(value).save(f"{folder}/masks/{k}_mask.png")
 
@@ -155,7 +155,7 @@ def check_own_images(folder, words, value):
     shell(unet, "test")
 
     image, mask = unet.PetDataset(unet.open_pairs(folder, "test"), 192)[0]
-    wanted = original.PetDataset([original.draw_pair("4")], 192)[0][1]  # 4 and 9 are for the test
+    wanted = original.PetDataset([original.draw_toy("4")], 192)[0][1]  # 4 and 9 are for the test
     if value(3) != 2:
         wanted = (wanted == 1).long()  # pet and border are white
     if not torch.equal(mask, wanted):
