@@ -8,16 +8,16 @@
                          bottleneck  (1024, 8, 8)
 
 Shapes are (channels, height, width). On the left side of the U, the encoder halves height
-and width four times. Each halving brings distant pixels closer, so that convolutions reach
+and width four times. Each halving brings distant pixels closer, so convolutions reach
 further: a number in enc1 depends on 5x5 pixels of the image, in enc2 on 14x14, and in the
-bottleneck on 140x140, cut off at the edges. The channels double each time, so
-the bottleneck has 1024 to say what is in the image, but only 8x8 positions to say where.
+bottleneck on 140x140, clipped to the image. The channels double each time. So in the
+bottleneck, 1024 channels say what is in the image, but only 8x8 positions say where.
 
 On the right side, the decoder doubles height and width four times, so that every pixel
-gets a class. This alone would blur the edges. So at each size, a skip connection appends
-the channels that the encoder had there, in which edges are sharper.
+gets a class. This alone would leave edges blurred. So at each size, a skip connection
+appends the channels that the encoder had there, in which edges are sharper.
 
-Finally, each pixel has three logits: numbers, one for each class. Softmax turns them into
+Each pixel gets three numbers, one for each class, called logits. Softmax turns them into
 probabilities. The class with the largest logit is the prediction.
 
     python unet.py train --data toy --base 16  train on polygons, without a download
@@ -37,7 +37,7 @@ from torchvision import datasets, utils
 from torchvision.transforms.functional import pil_to_tensor
 
 # -------- data --------
-# A trimap has 1 for pet, 2 for background, 3 for border or unclear. A mask has 0 to 2.
+# In a trimap, pet is 1, background 2, border or unclear 3. In a mask, they are 0, 1, 2.
 CLASSES = {"pet": (230, 159, 0), "background": (0, 90, 150), "border": (240, 240, 240)}
 COLOURS = torch.tensor(list(CLASSES.values()), dtype=torch.uint8)  # RGB, to draw masks
 
@@ -48,10 +48,10 @@ def open_pairs(data, split):
     return datasets.OxfordIIITPet(data, split, "segmentation", download=True)
 
 class PetDataset(Dataset):
-    """Images, float32 (3, size, size) from 0 to 1, with masks, int64 (size, size)."""
+    """Pairs of image, float32 (3, size, size) from 0 to 1, and mask, int64 (size, size)."""
     def __init__(self, pairs, size, mirror=False):
         self.mirror = mirror
-        self.samples = []  # squares, as bytes: floats would take four times the memory
+        self.samples = []  # resized, as bytes: floats take four times the memory
 
         for i in range(len(pairs)):  # a plain loop would hide an IndexError
             image, trimap = pairs[i]
@@ -69,7 +69,7 @@ class PetDataset(Dataset):
 
     def __getitem__(self, i):
         image, mask = self.samples[i]
-        # Augmentation: half of the time, mirror the image and its mask.
+        # Augmentation: a mirrored image is one more example, if its mask is mirrored too.
         if self.mirror and torch.rand(1) < 0.5:
             image, mask = image.flip(-1), mask.flip(-1)
         return image / 255, mask.long()  # the loss needs int64
@@ -78,10 +78,10 @@ class PetDataset(Dataset):
 def conv_block(in_ch, out_ch):
     """Two 3x3 convolutions: (N, in_ch, H, W) to (N, out_ch, H, W).
 
-    Each output channel finds one pattern, such as an edge. It has weights of its own, 3x3
-    for each input channel, and applies them at every position. To make training easier,
-    BatchNorm gives it mean 0 and variance 1 over all pixels of a batch, then scales and
-    shifts it by learned numbers. Subtracting the mean cancels a bias, so there is none."""
+    Each output channel looks for one pattern, such as an edge. It has weights of its own,
+    3x3 for each input channel, and applies them at every position. In training, BatchNorm
+    gives it mean 0 and variance 1 over all pixels of the batch, then scales and shifts it
+    by learned numbers. This makes training easier, and cancels any bias: bias=False."""
     return nn.Sequential(
         nn.Conv2d(in_ch, out_ch, 3, padding=1, bias=False),  # padding keeps H and W
         nn.BatchNorm2d(out_ch),
@@ -93,7 +93,7 @@ def conv_block(in_ch, out_ch):
 class UNet(nn.Module):
     """Images (N, in_channels, H, W) to logits (N, out_classes, H, W).
 
-    H and W must be multiples of 16, or the doubled sizes would not fit the skips. The
+    H and W must be multiples of 16, or doubled sizes would not fit the skips. The
     paper (Ronneberger et al. 2015, arXiv 1505.04597) has no padding and no BatchNorm."""
 
     def __init__(self, in_channels=3, out_classes=len(CLASSES), base=64):
@@ -107,8 +107,8 @@ class UNet(nn.Module):
         self.pool = nn.MaxPool2d(2)  # the largest of 2x2 numbers, to halve H and W
         self.bottleneck = conv_block(c4, c5)
 
-        # A transposed convolution makes 2x2 pixels of each pixel, as sums of its channels
-        # with learned weights. It halves the channels, and the skip adds as many back.
+        # A transposed convolution turns each pixel into 2x2 pixels: weighted sums of its
+        # channels. Here it halves the channels, and the skip adds as many back.
         self.up4 = nn.ConvTranspose2d(c5, c4, 2, stride=2)
         self.dec4 = conv_block(c4 + c4, c4)
         self.up3 = nn.ConvTranspose2d(c4, c3, 2, stride=2)
@@ -126,7 +126,7 @@ class UNet(nn.Module):
         e4 = self.enc4(self.pool(e3))       # (N,  512,  16,  16)
         b = self.bottleneck(self.pool(e4))  # (N, 1024,   8,   8)
 
-        # The skips. To see what they do, write 0 * e4, 0 * e3, 0 * e2, 0 * e1 in torch.cat.
+        # To see what the skips add, train with 0 * e4, 0 * e3, 0 * e2, 0 * e1 in torch.cat.
         u4 = self.up4(b)                    # (N,  512,  16,  16)
         x4 = torch.cat((u4, e4), dim=1)     # (N, 1024,  16,  16)
         d4 = self.dec4(x4)                  # (N,  512,  16,  16)
@@ -145,7 +145,7 @@ class UNet(nn.Module):
         return self.final(d1)               # (N,    3, 128, 128)
 
 # -------- training --------
-# A GPU if there is one, else the CPU. Mixed precision: where the GPU or CPU is fast at
+# A GPU if there is one, else the CPU. Mixed precision: where CUDA or the CPU is fast at
 # bfloat16, convolutions use this 16-bit format, while the weights stay float32.
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 BF16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -157,7 +157,7 @@ if DEVICE.type == "cpu":
 loss_fn = nn.CrossEntropyLoss()
 
 def train_epoch(net, loader, optimizer, schedule):
-    """Train once on each image. Return the mean loss, measured while the weights change."""
+    """Train once on each image. Return the mean loss, taken while the weights change."""
     net.train()  # BatchNorm uses the mean and variance of the batch
     total_loss = 0
 
@@ -178,7 +178,7 @@ def train_epoch(net, loader, optimizer, schedule):
 
 @torch.no_grad()
 def evaluate(net, dataset):
-    """Return the mean loss, and the IoU of each class over all pixels of the dataset.
+    """Return the mean loss and the IoU of each class over all pixels of the dataset.
 
     IoU is intersection over union: how many pixels have the class in both prediction and
     mask, divided by how many have it in at least one. For prediction 0 1 1 1 and mask
@@ -205,14 +205,14 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
     """Train a network and save it after each epoch.
 
     data: a folder, or toy. epochs: passes over the images. batch_size: images per step.
-    size: of the images. base: channels of enc1. lr: highest learning rate."""
+    size: height and width. base: channels of enc1. lr: highest learning rate."""
     if size % 16:
         sys.exit(f"size must be a multiple of 16, not {size}")
     Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
 
     # The network never trains on the validation images. If their loss rises while the
-    # training loss falls, it overfits: it memorizes the training images. The last fifth of
-    # the sorted photos would be other breeds, so the split is random, but always the same.
+    # training loss falls, the network overfits: it memorizes the training images. The last
+    # photos are of other breeds, so the split is random, but the same for every seed.
     pairs = open_pairs(data, "trainval")
     generator = torch.Generator().manual_seed(0)
     train_pairs, val_pairs = random_split(pairs, (0.8, 0.2), generator)
@@ -225,7 +225,7 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
     net = UNet(base=base).to(DEVICE)
 
     # RMSprop divides each gradient by its recent size, so all weights move by similar
-    # amounts. The learning rate rises to `lr`, because large steps from random weights can
+    # amounts. The learning rate rises to `lr`, because large first steps can make training
     # diverge. Then it falls to almost 0, so that the weights settle.
     optimizer = torch.optim.RMSprop(net.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -298,8 +298,8 @@ def predict(photo, checkpoint="unet.pt"):
     """Draw the prediction over a photo: cat.jpg gives ./cat-overlay.png."""
     saved, net = load(checkpoint)
     image = ImageOps.exif_transpose(Image.open(photo))  # turned upright
-    if image.mode.startswith(("I", "F")):  # RGB would clip these
-        sys.exit(f"{photo} has more than 8 bits: save it with 8")
+    if image.mode.startswith(("I", "F")):  # RGB would clip
+        sys.exit(f"{photo} is not 8-bit: save it as 8-bit")
     image = image.convert("RGB")
     square = image.resize((saved["size"], saved["size"]), Image.BILINEAR)
     logits = net(pil_to_tensor(square)[None].to(DEVICE) / 255)  # a batch of one
@@ -324,7 +324,7 @@ def draw_toy(seed):
     return image, trimap
 
 def main():
-    """Each command is a function above, and its options are its parameters."""
+    """Each command is a function above, with its parameters as options."""
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(required=True)
     for function in (train, test, show, predict):
