@@ -355,11 +355,11 @@ def test_show_draws_images_masks_predictions_and_losses(trained, monkeypatch):
         grid = utils.make_grid(rows[title], nrow=6).movedim(0, -1)
         assert axis.get_title() == title and (axis.images[0].get_array() == grid.numpy()).all()
 
+    training, validation, *legend = figure.axes[3].lines
+    assert training.get_label() == "train loss" and list(training.get_xdata()) == [1, 2, 3, 4, 5]
+    assert list(zip(training.get_ydata(), validation.get_ydata())) == saved["losses"]
+    assert [list(mark.get_color() * 255) for mark in legend] == unet.COLOURS.tolist()
     assert len(unet.COLOURS.unique(dim=0)) == 3  # each class has a colour of its own
-    train_line, val_line = figure.axes[3].lines[:2]
-    assert train_line.get_label() == "train loss"
-    assert list(zip(train_line.get_ydata(), val_line.get_ydata())) == saved["losses"]
-    assert list(train_line.get_xdata()) == [1, 2, 3, 4, 5]
     assert trained.with_suffix(".png").exists()
 
 def test_predict_draws_the_classes_over_the_upright_photo(trained):

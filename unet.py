@@ -15,9 +15,9 @@ bottleneck, 1024 channels say what is in the image, but only 8x8 positions say w
 
 On the right side, the decoder doubles height and width four times, so that every pixel
 gets a class. This alone would leave edges blurred. So at each size, a skip connection
-appends the channels that the encoder had there, in which edges are sharper.
+appends the encoder's channels of that size, in which edges are sharper.
 
-Each pixel gets three numbers, one for each class, called logits. Softmax turns them into
+Each pixel gets three numbers called logits, one for each class. Softmax turns them into
 probabilities. The class with the largest logit is the prediction.
 
     python unet.py train --data toy --base 16  train on polygons, without a download
@@ -48,7 +48,7 @@ def open_pairs(data, split):
     return datasets.OxfordIIITPet(data, split, "segmentation", download=True)
 
 class PetDataset(Dataset):
-    """Pairs of image, float32 (3, size, size) from 0 to 1, and mask, int64 (size, size)."""
+    """Images (3, size, size), float32 from 0 to 1, and their masks (size, size), int64."""
     def __init__(self, pairs, size, mirror=False):
         self.mirror = mirror
         self.samples = []  # resized, as bytes: floats take four times the memory
@@ -80,12 +80,12 @@ def conv_block(in_ch, out_ch):
 
     Each output channel looks for one pattern, such as an edge. It has weights of its own,
     3x3 for each input channel, and applies them at every position. In training, BatchNorm
-    gives it mean 0 and variance 1 over all pixels of the batch, then scales and shifts it
-    by learned numbers. This makes training easier, and cancels any bias: bias=False."""
+    gives it mean 0, which cancels any bias, and variance 1 over all pixels of the batch.
+    Then it scales and shifts the channel by learned numbers. This makes training easier."""
     return nn.Sequential(
         nn.Conv2d(in_ch, out_ch, 3, padding=1, bias=False),  # padding keeps H and W
         nn.BatchNorm2d(out_ch),
-        nn.ReLU(),  # max(x, 0): without it, a block would only be a weighted sum
+        nn.ReLU(),  # max(x, 0): without it, a block could only form weighted sums
         nn.Conv2d(out_ch, out_ch, 3, padding=1, bias=False),
         nn.BatchNorm2d(out_ch),
         nn.ReLU())
@@ -107,8 +107,8 @@ class UNet(nn.Module):
         self.pool = nn.MaxPool2d(2)  # the largest of 2x2 numbers, to halve H and W
         self.bottleneck = conv_block(c4, c5)
 
-        # A transposed convolution turns each pixel into 2x2 pixels: weighted sums of its
-        # channels. Here it halves the channels, and the skip adds as many back.
+        # Here, a transposed convolution turns each pixel into 2x2 pixels: weighted sums of
+        # its channels. It halves the channels, and the skip appends as many.
         self.up4 = nn.ConvTranspose2d(c5, c4, 2, stride=2)
         self.dec4 = conv_block(c4 + c4, c4)
         self.up3 = nn.ConvTranspose2d(c4, c3, 2, stride=2)
@@ -126,7 +126,7 @@ class UNet(nn.Module):
         e4 = self.enc4(self.pool(e3))       # (N,  512,  16,  16)
         b = self.bottleneck(self.pool(e4))  # (N, 1024,   8,   8)
 
-        # To see what the skips add, train with 0 * e4, 0 * e3, 0 * e2, 0 * e1 in torch.cat.
+        # To see what the skips are worth, train with 0 * e4, 0 * e3, 0 * e2, 0 * e1 below.
         u4 = self.up4(b)                    # (N,  512,  16,  16)
         x4 = torch.cat((u4, e4), dim=1)     # (N, 1024,  16,  16)
         d4 = self.dec4(x4)                  # (N,  512,  16,  16)
@@ -157,7 +157,7 @@ if DEVICE.type == "cpu":
 loss_fn = nn.CrossEntropyLoss()
 
 def train_epoch(net, loader, optimizer, schedule):
-    """Train once on each image. Return the mean loss, taken while the weights change."""
+    """Train once on each image. Return the mean loss, measured as the weights change."""
     net.train()  # BatchNorm uses the mean and variance of the batch
     total_loss = 0
 
@@ -205,14 +205,14 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
     """Train a network and save it after each epoch.
 
     data: a folder, or toy. epochs: passes over the images. batch_size: images per step.
-    size: height and width. base: channels of enc1. lr: highest learning rate."""
+    size: height and width in pixels. base: channels of enc1. lr: highest learning rate."""
     if size % 16:
         sys.exit(f"size must be a multiple of 16, not {size}")
     Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
 
     # The network never trains on the validation images. If their loss rises while the
-    # training loss falls, the network overfits: it memorizes the training images. The last
-    # photos are of other breeds, so the split is random, but the same for every seed.
+    # training loss falls, the network overfits: it memorizes the training images. A slice
+    # of the sorted pairs would be new breeds, so the split is random, but always the same.
     pairs = open_pairs(data, "trainval")
     generator = torch.Generator().manual_seed(0)
     train_pairs, val_pairs = random_split(pairs, (0.8, 0.2), generator)
@@ -225,8 +225,8 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
     net = UNet(base=base).to(DEVICE)
 
     # RMSprop divides each gradient by its recent size, so all weights move by similar
-    # amounts. The learning rate rises to `lr`, because large first steps can make training
-    # diverge. Then it falls to almost 0, so that the weights settle.
+    # amounts. The learning rate rises slowly to `lr`, as large first steps can make the
+    # loss diverge. Then it falls to almost 0, so that the weights settle.
     optimizer = torch.optim.RMSprop(net.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, epochs * len(loader), anneal_strategy="linear", cycle_momentum=False)
@@ -241,7 +241,7 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
         losses.append((train_loss, val_loss))
         torch.save({"model": net.state_dict(), "base": base, "size": size,
                     "data": str(data), "losses": losses}, f"{checkpoint}.tmp")
-        Path(f"{checkpoint}.tmp").replace(checkpoint)  # a crash leaves the old file whole
+        Path(f"{checkpoint}.tmp").replace(checkpoint)  # a crash keeps the old one
 
 # -------- using it --------
 def load(checkpoint):
@@ -252,7 +252,7 @@ def load(checkpoint):
     return saved, net.eval()
 
 def test(data="", checkpoint="unet.pt"):
-    """Print the scores on the test images of `data`, by default the data of training."""
+    """Print the scores on the test images of `data`, by default the one trained on."""
     saved, net = load(checkpoint)
     data = data or saved["data"]
     dataset = PetDataset(open_pairs(data, "test"), saved["size"])
