@@ -358,7 +358,7 @@ def test_show_draws_images_masks_predictions_and_losses(trained, monkeypatch):
     training, validation, *legend = figure.axes[3].lines
     assert training.get_label() == "train loss" and list(training.get_xdata()) == [1, 2, 3, 4, 5]
     assert list(zip(training.get_ydata(), validation.get_ydata())) == saved["losses"]
-    assert [list(mark.get_color() * 255) for mark in legend] == unet.COLOURS.tolist()
+    assert {mark.get_label(): tuple(mark.get_color() * 255) for mark in legend} == unet.CLASSES
     assert len(unet.COLOURS.unique(dim=0)) == 3  # each class has a colour of its own
     assert trained.with_suffix(".png").exists()
 
