@@ -386,7 +386,7 @@ def test_predict_draws_the_classes_over_the_upright_photo(trained):
     ("predict {toy.pt} --checkpoint {toy.pt}", "toy.pt"),  # no image
     ("predict deep.png --checkpoint {toy.pt}", "deep.png"),
     ("test --epochs 1 --checkpoint {toy.pt}", "2")])  # the exit status of argparse
-def test_what_does_not_fit_ends_in_one_line(words, told, trained, monkeypatch):
+def test_what_does_not_fit_ends_without_a_traceback(words, told, trained, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=OSError("no route")))
     Image.new("I;16", (32, 32)).save("deep.png")  # 16 bits, of which Pillow would keep 8
 
