@@ -4,12 +4,11 @@ from pathlib import Path
 from runpy import run_path
 from unittest.mock import MagicMock, Mock
 
-import pytest, torch, unet
+import pytest, torch, torchvision, unet
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, Subset
-from torchvision import datasets, utils
 
 unet.DEVICE, unet.BF16 = torch.device("cpu"), False  # no test needs a GPU
 torch.set_num_threads(1)
@@ -280,12 +279,12 @@ def test_the_learning_rate_rises_to_lr_and_falls_almost_to_0(dry_run):
     assert settings.get("momentum") == defaults.get("momentum")  # OneCycleLR could cycle it
 
 def test_photos_come_from_the_folder_and_the_split_that_are_asked_for(dry_run, monkeypatch):
-    monkeypatch.setattr(datasets, "OxfordIIITPet", Mock(return_value=10 * [two_pixels()]))
+    monkeypatch.setattr("torchvision.datasets.OxfordIIITPet", Mock(return_value=10 * [two_pixels()]))
 
     dry_run(data=Path("pets"))  # the checkpoint has "pets", as torch.load would refuse a Path
     unet.test(checkpoint="unet.pt")
 
-    asked = [call.args for call in datasets.OxfordIIITPet.call_args_list]
+    asked = [call.args for call in torchvision.datasets.OxfordIIITPet.call_args_list]
     assert asked == [(Path("pets"), "trainval", "segmentation"), ("pets", "test", "segmentation")]
 
 def test_an_interrupted_run_keeps_its_finished_epochs(dry_run, monkeypatch):
@@ -352,8 +351,9 @@ def test_show_draws_images_masks_predictions_and_losses(trained, monkeypatch):
     rows = {"image": images, "ground truth": unet.COLOURS[masks].movedim(-1, 1),
             "prediction": unet.COLOURS[net(images).argmax(dim=1)].movedim(-1, 1)}
     for axis, title in zip(figure.axes, rows):
-        grid = utils.make_grid(rows[title], nrow=6).movedim(0, -1)
-        assert axis.get_title() == title and (axis.images[0].get_array() == grid.numpy()).all()
+        grid = torchvision.utils.make_grid(rows[title], nrow=6).movedim(0, -1)
+        assert (axis.images[0].get_array() == grid.numpy()).all()
+        assert [axis.get_title(), *axis.get_xticks(), *axis.get_yticks()] == [title]  # no ticks
 
     training, validation, *legend = figure.axes[3].lines
     assert training.get_label() == "train loss" and list(training.get_xdata()) == [1, 2, 3, 4, 5]
