@@ -119,7 +119,6 @@ def test_a_decoder_block_gets_the_skip_beside_the_upsampled_channels(level):
     up, enc, dec = [net.get_submodule(f"{part}{level}") for part in ("up", "enc", "dec")]
     assert torch.equal(up.input, previous.output)
     assert torch.equal(dec.input, torch.cat((up.output, enc.output), dim=1))
-
     assert torch.equal(net.final.input, net.dec1.output)
 
     upsampled, skip = dec.input.chunk(2, dim=1)
@@ -249,7 +248,7 @@ def test_validation_images_are_never_trained_on(dry_run):
     assert len(loader.dataset) > len(val_set) > 0
 
 def test_the_split_is_random_but_the_same_for_every_seed(dry_run):
-    """Pets are sorted by breed: the last images would be breeds that were never trained on."""
+    """Pets are sorted by breed: a slice would be breeds that were never trained on."""
     _, _, one = dry_run(seed=1)
     _, _, two = dry_run(seed=2)
 

@@ -211,8 +211,8 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
     Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
 
     # The network never trains on the validation images. If their loss rises while the
-    # training loss falls, the network overfits: it memorizes the training images. A slice
-    # of the sorted pairs would be new breeds, so the split is random, but always the same.
+    # training loss falls, the network memorizes the training images: it overfits. Pairs are
+    # sorted by breed, and a slice would have new breeds, so the split is random, but fixed.
     pairs = open_pairs(data, "trainval")
     generator = torch.Generator().manual_seed(0)
     train_pairs, val_pairs = random_split(pairs, (0.8, 0.2), generator)
@@ -241,7 +241,7 @@ def train(data="data", checkpoint="unet.pt", epochs=5, batch_size=8, size=128, b
         losses.append((train_loss, val_loss))
         torch.save({"model": net.state_dict(), "base": base, "size": size,
                     "data": str(data), "losses": losses}, f"{checkpoint}.tmp")
-        Path(f"{checkpoint}.tmp").replace(checkpoint)  # a crash keeps the old one
+        Path(f"{checkpoint}.tmp").replace(checkpoint)  # a crash keeps the old file
 
 # -------- using it --------
 def load(checkpoint):
